@@ -1,0 +1,274 @@
+"""The command line. Exit code 0: done, 1: failed, 2: bad usage or bad input (one line says which, and what to do)."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from blockdiff.api import Model
+    from blockdiff.evaluate import BoundRow
+
+app = typer.Typer(
+    help="Train, adapt, measure, decode and serve block diffusion language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+evaluations = typer.Typer(help="Measure a model, with standard errors.", no_args_is_help=True)
+app.add_typer(evaluations, name="eval")
+out, err = Console(), Console(stderr=True)
+
+Seed = Annotated[int, typer.Option(help="Seed of every random number.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON to this file.")]
+ModelPath = Annotated[str, typer.Argument(help="Checkpoint directory, or a Hugging Face hub name.")]
+Changes = Annotated[list[str] | None, typer.Option("--set", help="Change a key, e.g. --set data.length=256.")]
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--out", help="Run directory.")] = Path("runs/demo"),
+    minutes: Annotated[float, typer.Option(help="Minutes of training.", min=0.02)] = 2.0,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """The whole way in a few minutes, on text that every Python carries: train, adapt, measure, generate, report."""
+    from blockdiff.demo import run_demo
+
+    _write(json_file, run_demo(output, minutes=minutes, seed=seed, console=out))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML configuration.")],
+    changes: Changes = None,
+    init: Annotated[str | None, typer.Option(help="Checkpoint to start from (model.init).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where a run already is.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random number.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Train or adapt a model as a configuration says."""
+    from blockdiff import report, training
+    from blockdiff.config import load_config
+    from blockdiff.progress import Progress
+
+    resolved = load_config(config, changes, model__init=init, seed=seed)
+    run = training.train(resolved, resume=resume, overwrite=overwrite, say=out.print, callbacks=[Progress(out)])
+    page = report.write(run.path)
+    bounds = json.loads(run.result("bound").read_text()) if run.result("bound").exists() else None
+    if bounds:
+        out.print(report.bound_table(bounds["rows"]))
+    out.print(f"model: {run.checkpoint}\nreport: {page}")
+    _write(json_file, bounds or json.loads(run.result("train").read_text()))
+
+
+@app.command()
+def explain(
+    config: Annotated[Path, typer.Argument(help="YAML configuration.")],
+    changes: Changes = None,
+    seed: Seed = 0,
+) -> None:
+    """Show what a configuration trains: every key resolved, its block sizes, and a drawing of the mask."""
+    from blockdiff.config import load_config
+    from blockdiff.explain import explanation
+
+    out.print(explanation(load_config(config, changes), seed), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def generate(
+    path: ModelPath,
+    prompt: Annotated[list[str], typer.Option("--prompt", help="Text to continue; give it several times for a batch.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
+    block_size: Annotated[int | None, typer.Option(help="Tokens denoised together; default: the checkpoint's.")] = None,
+    policy: Annotated[str, typer.Option(help="threshold, fixed_count or random_order.")] = "threshold",
+    threshold: Annotated[float | None, typer.Option(help="Fill every position at least this certain.")] = None,
+    per_step: Annotated[int | None, typer.Option(help="Fill at least this many positions a step.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k most likely tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the smallest set with this probability; 1: all.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End the text before this string; repeatable.")] = None,
+    show_steps: Annotated[bool, typer.Option("--show-steps", help="Show each block as it fills.")] = False,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Continue a prompt, several tokens at a time."""
+    from dataclasses import replace
+
+    from blockdiff.api import named_policy
+    from blockdiff.decode import Sampling
+    from blockdiff.runtime import record
+
+    chosen = named_policy(policy)
+    if threshold is not None:
+        chosen = replace(chosen, threshold=threshold)
+    if per_step is not None:
+        chosen = replace(chosen, per_step=per_step)
+    sampling = Sampling(temperature, top_k, top_p)
+    model = _load(path)
+    single = len(prompt) == 1
+    show = _StepPrinter(model) if show_steps else None
+    if single and not show_steps:
+        sys.stdout.write(prompt[0])
+    outputs = model.generate(
+        prompt,
+        max_new_tokens=max_new_tokens,
+        block_size=block_size,
+        policy=chosen,
+        sampling=sampling,
+        seed=seed,
+        stop=stop or [],
+        on_text=_stream if single and not show_steps else None,
+        on_step=show,
+    )
+    for number, output in enumerate(outputs):
+        if single and not show_steps:
+            sys.stdout.write("\n")
+        else:
+            out.print(f"[{number}] " * (not single) + prompt[number] + output.text, markup=False, highlight=False)
+        err.print(
+            f"{len(output.tokens)} tokens, {output.forwards} forwards ({output.denoise_forwards} denoise, "
+            f"{output.commit_forwards} commit), {output.tokens_per_forward:.2f} tokens per forward with commits, "
+            f"{output.seconds:.2f} s, ended by {output.finish_reason}",
+            style="dim",
+            highlight=False,
+        )
+    results = [output.to_json() for output in outputs]
+    contents: dict[str, Any] = results[0] if single else {"outputs": results}
+    _write(json_file, record("generate", seed, prompts=prompt, **contents))
+
+
+@evaluations.command("bound")
+def eval_bound(
+    path: ModelPath,
+    data: Annotated[list[Path], typer.Option(help="Data file: .txt, .jsonl, .parquet; repeatable.")],
+    block_sizes: Annotated[str, typer.Option(help="Comma-separated block sizes.")] = "1,2,4,8,16",
+    offsets: Annotated[str, typer.Option(help="Comma-separated offsets of the first block's end.")] = "0",
+    draws: Annotated[int, typer.Option(help="Noise draws of each document.", min=1)] = 8,
+    exact: Annotated[bool, typer.Option("--exact", help="Enumerate the masks of small blocks instead.")] = False,
+    limit: Annotated[int | None, typer.Option(help="Score only the first so many documents.", min=1)] = None,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Bound on the negative log-likelihood of a text, in nats per token, at any block size and offset."""
+    from rich.progress import Progress as Bar
+
+    from blockdiff import evaluate, report
+    from blockdiff.api import documents_of
+    from blockdiff.runtime import record
+
+    sizes, shifts = _numbers(block_sizes, "--block-sizes"), _numbers(offsets, "--offsets")
+    model = _load(path)
+    documents = [document for file in data for document in documents_of(model, file)][:limit]
+    with Bar(console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("scoring", total=1.0)
+        rows: list[BoundRow] = evaluate.bound(
+            model,
+            documents,
+            sizes,
+            offsets=shifts,
+            draws=draws,
+            exact=exact,
+            seed=seed,
+            on_progress=lambda done: bar.update(task, completed=done),
+        )
+    results = [row.to_json() for row in rows]
+    out.print(report.bound_table(results))
+    _write(json_file, record("eval bound", seed, model=path, data=[str(file) for file in data], rows=results))
+
+
+@app.command("report")
+def make_report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
+    """Write RUN/report.html from the files of a run."""
+    from blockdiff import report
+
+    out.print(f"report: {report.write(run)}")
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from blockdiff import __version__
+
+        out.print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; turns the errors of bad input into one line and exit code 2."""
+    from blockdiff.runtime import quiet_libraries, use_available_threads
+
+    use_available_threads()
+    quiet_libraries()
+    try:
+        code = app(standalone_mode=False)
+    except typer.Abort:
+        code = 1
+    except (ValueError, FileNotFoundError) as error:
+        code = _complain(error, 2)
+    except OSError as error:
+        code = _complain(error, 1)
+    except KeyboardInterrupt:
+        code = 1
+    except Exception as error:  # click's own usage errors know how to show themselves
+        if not hasattr(error, "show"):
+            raise
+        error.show()
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(error: BaseException, code: int) -> int:
+    if "BLOCKDIFF_TRACEBACK" in os.environ:
+        raise error
+    err.print(f"blockdiff: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    return code
+
+
+def _load(path: str) -> Model:
+    from blockdiff.api import load
+
+    model = load(path)
+    for note in model.notes:
+        err.print(f"note: {note}", style="dim", markup=False)
+    return model
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} {text}: give whole numbers with commas between them, e.g. 1,4,16") from None
+
+
+def _write(path: Path | None, contents: Any) -> None:
+    if path is not None:
+        from blockdiff.files import write_json
+
+        write_json(path, contents)
+
+
+def _stream(number: int, piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+class _StepPrinter:
+    """Shows the open blocks: decided tokens as text, masks as dots."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def __call__(self, step: Any) -> None:
+        tokenizer = self.model.tokenizer
+        assert tokenizer is not None
+        shown = "".join("░" if token is None else tokenizer.decode([token]) for token in step.tokens)
+        label = f"[{step.request}] at {step.start:>4}, step {step.step:>2}: "
+        out.print(label + shown.replace("\n", "⏎"), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,249 @@
+"""The one configuration tree: YAML files, `--set a.b=c`, errors that name the nearest key.
+
+It composes the frozen dataclasses that live beside their mathematics (layouts, noise); it defines none of their
+meaning.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from blockdiff.attention import Implementation
+from blockdiff.data import BadRows
+from blockdiff.distributions import AR, DISTRIBUTIONS, AnyLayout
+from blockdiff.masks import CleanContext
+from blockdiff.noise import NOISES, AnyNoise, ExactCount
+from blockdiff.objectives import Alignment, Boundary, Prediction
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used: which key, what is wrong, what to do."""
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Group):
+    """Where the weights come from and how the model reads them."""
+
+    init: str | None = Field(None, description="checkpoint directory or hub name to start from; none: from scratch")
+    architecture: dict[str, Any] | None = Field(
+        None, description="from scratch: {type: llama, hidden_size: ...}, with transformers' own keys"
+    )
+    tokenizer: str | None = Field(
+        None, description="directory of a tokenizer; none: the checkpoint's, or a trained one"
+    )
+    vocabulary: int = Field(4096, ge=258, description="size of the tokenizer trained where none is given")
+    clean_context: CleanContext = "context_causal"
+    prediction: Prediction = "shift"
+    boundary: Boundary = "clean"
+    attention: Implementation = "sdpa"
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+
+    @property
+    def alignment(self) -> Alignment:
+        return Alignment(self.prediction, self.boundary)
+
+
+class DataConfig(_Group):
+    """Which text, and how it becomes rows."""
+
+    train: str | list[str] = Field(description="files to train on")
+    valid: str | list[str] | None = Field(None, description="files to validate on; none: no validation")
+    length: int = Field(512, ge=2, description="tokens of a row; longer documents are cut")
+    limit: int | None = Field(None, ge=1, description="use only the first so many training documents")
+    bad_rows: BadRows = Field(
+        "error", description="what to do with an unusable row: stop, or leave it out and count it"
+    )
+    end_token: str | None = Field(None, description="token that ends a document; none: the model's first end token")
+
+
+class ObjectiveConfig(_Group):
+    """What is minimised."""
+
+    weighting: Literal["nelbo", "ce"] | list[float] = Field(
+        "nelbo",
+        description="nelbo: the bound; ce: plain cross-entropy; a list: weight of k = 1, 2, ... masks in a block",
+    )
+    ar_weight: float = Field(0.0, ge=0, description="weight of the AR loss on the clean stream")
+
+
+class TrainConfig(_Group):
+    """Optimisation."""
+
+    steps: int | None = Field(None, ge=1, description="optimizer steps")
+    tokens: int | None = Field(None, ge=1, description="or: training tokens (steps follow from the rows)")
+    minutes: float | None = Field(None, gt=0, description="or: minutes (steps follow from the measured speed)")
+    rows: int = Field(8, ge=1, description="rows in a pass")
+    accumulation: int = Field(1, ge=1, description="passes in an optimizer step")
+    learning_rate: float = Field(3e-4, gt=0)
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = Field(0.0, ge=0)
+    beta2: float = Field(0.99, gt=0, lt=1)
+    clip: float = Field(1.0, gt=0, description="gradient norm")
+    log_every: int = Field(10, ge=1)
+    save_every: int | None = Field(None, ge=1, description="steps between resumable checkpoints; none: only the end")
+    keep: int = Field(2, ge=1, description="resumable checkpoints kept")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> TrainConfig:
+        if sum(budget is not None for budget in (self.steps, self.tokens, self.minutes)) != 1:
+            raise ValueError("give exactly one of steps, tokens, minutes")
+        return self
+
+
+class EvalConfig(_Group):
+    """The bound on the validation set during training and at its end."""
+
+    block_sizes: list[int] = [1, 4, 16]
+    documents: int = Field(64, ge=1, description="validation documents used during training")
+    draws: int = Field(2, ge=1)
+    every: int | None = Field(None, ge=1, description="steps between validations; none: only the end")
+
+
+class RunConfig(_Group):
+    """A whole run."""
+
+    output: str = Field(description="run directory")
+    preset: str | None = None
+    seed: int = 0
+    model: ModelConfig
+    data: DataConfig
+    layout: Annotated[AnyLayout, Field(discriminator="kind")] = AR()
+    noise: Annotated[AnyNoise, Field(discriminator="kind")] = ExactCount()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.layout.largest_named > self.data.length - 1:
+            raise ValueError(
+                f"layout: block size {self.layout.largest_named} is longer than the data: a row of data.length = "
+                f"{self.data.length} tokens scores {self.data.length - 1}; give a smaller block or longer rows"
+            )
+        if self.objective.ar_weight > 0 and self.model.clean_context == "block_causal":
+            raise ValueError(
+                "objective.ar_weight needs model.clean_context = context_causal: a block-causal clean stream already "
+                "sees the token it would predict"
+            )
+        if (self.model.init is None) == (self.model.architecture is None):
+            raise ValueError("model: give either init (a checkpoint) or architecture (from scratch)")
+        return self
+
+    def dump(self) -> str:
+        """The resolved configuration as YAML, which `load_config` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # an ordinary autoregressive model: blocks of one token
+    "ar": {"layout": {"kind": "ar"}},
+    # masked diffusion over the whole text (MDLM, arXiv 2406.07524): one block, logits at the token's own place
+    "mdlm": {"layout": {"kind": "full"}, "model": {"prediction": "same"}, "noise": {"kind": "bernoulli"}},
+    # Adaptive Block Diffusion (arXiv 2606.29275): a distribution over layouts, the context read causally
+    "abd": {"layout": {"kind": "scale_mixture", "max_size": 32, "atoms": {4: 0.1, 8: 0.1, 16: 0.1}}},
+}
+
+_TAGGED: dict[str, Any] = {**DISTRIBUTIONS, **NOISES}  # kinds stand in pydantic's places but not in a user's keys
+
+
+def load_config(path: str | Path, changes: list[str] | None = None, **extra: Any) -> RunConfig:
+    """Read a YAML file and apply `--set` changes ("data.length=256", values in YAML). Raises ConfigError."""
+    file = Path(path)
+    if not file.exists():
+        raise ConfigError(f"{path}: no such config file")
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a config is a mapping of keys to values")
+    for change in changes or []:
+        _apply(tree, change)
+    for dotted, value in extra.items():
+        if value is not None:
+            _put(tree, dotted.split("__"), value)
+    return make_config(tree, str(path))
+
+
+def make_config(tree: dict[str, Any], where: str = "config") -> RunConfig:
+    """Validate a configuration tree, its preset beneath it. Raises ConfigError, naming the key."""
+    preset = tree.get("preset")
+    if preset is not None:
+        if preset not in PRESETS:
+            raise ConfigError(f"{where}: preset {preset!r} is unknown; {_nearest(preset, PRESETS)}")
+        tree = _merge(PRESETS[preset], tree)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_sentence(error)}") from error
+
+
+def _apply(tree: dict[str, Any], change: str) -> None:
+    key, equals, value = change.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {change}: write it as key.subkey=value")
+    _put(tree, key.split("."), yaml.safe_load(value))
+
+
+def _put(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    *parents, last = keys
+    for key in parents:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {'.'.join(keys)}: {key} is a value, not a group of keys")
+    tree[last] = value
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        same_kind = both and value.get("kind", merged[key].get("kind")) == merged[key].get("kind")
+        merged[key] = _merge(merged[key], value) if same_kind else value
+    return merged
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first problem as one line."""
+    unknown = ("extra_forbidden", "unexpected_keyword_argument")
+    problem = min(error.errors(), key=lambda p: p["type"] not in unknown)
+    place = [str(part) for part in problem["loc"]]
+    key = ".".join(part for part in place if part not in _TAGGED) or "the configuration"
+    if problem["type"] in unknown:
+        return f"unknown key {key}; {_nearest(place[-1], _keys_beside(place))}"
+    if problem["type"] == "missing":
+        return f"{key} is missing; set it in the file or with --set {key}=..."
+    if problem["type"].startswith("union_tag"):
+        return f"{key}: {problem['msg']}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if message.startswith((place[0] if place else "", "objective", "layout", "model", "block size", "noise")):
+        return message
+    return f"{key}: {message}" + (f" (got {problem['input']!r})" if not isinstance(problem["input"], dict) else "")
+
+
+def _keys_beside(place: list[str]) -> list[str]:
+    """Keys that would have been right where an unknown one stands."""
+    group: Any = RunConfig
+    for part in place[:-1]:
+        if isinstance(group, type) and issubclass(group, BaseModel) and part in group.model_fields:
+            group = group.model_fields[part].annotation
+        else:
+            group = _TAGGED.get(part, group)
+    if isinstance(group, type) and issubclass(group, BaseModel):
+        return list(group.model_fields)
+    return list(getattr(group, "__dataclass_fields__", {}))
+
+
+def _nearest(word: str, known: Any) -> str:
+    names = list(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(names)}"

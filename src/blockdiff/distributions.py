@@ -1,0 +1,399 @@
+"""Layout distributions: what the layouts of training, of evaluation and of a checkpoint's promise are drawn from.
+
+A distribution partitions *spans* (runs of tokens that are not given) into blocks. It draws block starts for many
+spans at once, and it can say exactly how often each configuration (p, w) occurs: p tokens of the span before the
+block, w tokens in it. Support and token shares follow from that table, ends of spans included.
+
+Users give *token shares*: `uniform` puts equal shares of the tokens in blocks of each size, `log_uniform` equal shares
+in each octave. Lengths are therefore drawn with probability proportional to share / size.
+
+Sources: fixed grids are BD3-LM (arXiv 2503.09573); per-sequence mixtures of grids BlockGen (2606.02241); a distribution
+over (prefix, window) Adaptive Block Diffusion (2606.29275). `scale_mixture` is ours.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Generator, Tensor
+
+FORBID_EXTRA = {"extra": "forbid"}  # read by pydantic, which is not imported here
+
+
+class LayoutDistribution(ABC):
+    """Draws block starts for spans, and knows its own table of configurations."""
+
+    kind: str
+
+    @abstractmethod
+    def draw(self, lengths: Tensor, generator: Generator) -> Tensor:
+        """Block starts, bool [S, max(lengths)], for spans of the given lengths [S]; a span's entry 0 is always True."""
+
+    @abstractmethod
+    def configurations(self, length: int) -> Tensor:
+        """Expected number of blocks at (p, w) in a span of `length` tokens: float64 [length, length + 1]."""
+
+    @property
+    def largest_named(self) -> int:
+        """The largest block size that the distribution names (1 where it names none)."""
+        return 1
+
+    def support(self, length: int) -> Tensor:
+        """Configurations (p, w) that occur in a span of `length` tokens: bool [length, length + 1]."""
+        return self.configurations(length) > 0
+
+    def token_share(self, length: int) -> Tensor:
+        """Share of the tokens of a span of `length` that lie in blocks of each size: float64 [length + 1], sum 1."""
+        sizes = torch.arange(length + 1, dtype=torch.float64)
+        return self.configurations(length).sum(0) * sizes / length
+
+
+@dataclass(frozen=True)
+class Fixed(LayoutDistribution):
+    """Blocks of `size`; the first one ends at `offset` (0: the grid starts with the span). BD3-LM."""
+
+    size: int
+    offset: int = 0
+    kind: Literal["fixed"] = "fixed"
+    __pydantic_config__ = FORBID_EXTRA
+
+    def __post_init__(self) -> None:
+        _check_size(self.size)
+        if self.offset < 0:
+            raise ValueError(f"layout fixed: offset {self.offset} is negative; give 0 or more")
+
+    @property
+    def largest_named(self) -> int:
+        return self.size
+
+    def draw(self, lengths: Tensor, generator: Generator) -> Tensor:
+        return _grids(torch.full_like(lengths, self.size), torch.full_like(lengths, self.offset), int(lengths.max()))
+
+    def configurations(self, length: int) -> Tensor:
+        starts = _grids(torch.tensor([self.size]), torch.tensor([self.offset]), length)
+        return _tabulate(starts, torch.ones(1, dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class RandomOffset(LayoutDistribution):
+    """Blocks of `size` on a grid whose phase is uniform in each span: every p is trained at this one size."""
+
+    size: int
+    kind: Literal["random_offset"] = "random_offset"
+    __pydantic_config__ = FORBID_EXTRA
+
+    def __post_init__(self) -> None:
+        _check_size(self.size)
+
+    @property
+    def largest_named(self) -> int:
+        return self.size
+
+    def draw(self, lengths: Tensor, generator: Generator) -> Tensor:
+        sizes = torch.full_like(lengths, self.size)
+        return _grids(sizes, _random_offsets(sizes, generator), int(lengths.max()))
+
+    def configurations(self, length: int) -> Tensor:
+        return _random_offset_table(self.size, length)
+
+
+@dataclass(frozen=True)
+class Mixture(LayoutDistribution):
+    """Each span draws one block size, `shares` {size: token share}, and lies on its aligned grid. BlockGen."""
+
+    shares: dict[int, float]
+    kind: Literal["mixture"] = "mixture"
+    __pydantic_config__ = FORBID_EXTRA
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shares", _normalised("mixture", self.shares))
+
+    @property
+    def largest_named(self) -> int:
+        return max(self.shares)
+
+    def draw(self, lengths: Tensor, generator: Generator) -> Tensor:
+        sizes = _choose(self.shares, len(lengths), generator).to(lengths)
+        return _grids(sizes, torch.zeros_like(sizes), int(lengths.max()))
+
+    def configurations(self, length: int) -> Tensor:
+        sizes = torch.tensor(list(self.shares))
+        weight = torch.tensor(list(self.shares.values()), dtype=torch.float64)
+        return _tabulate(_grids(sizes, torch.zeros_like(sizes), length), weight)
+
+
+@dataclass(frozen=True)
+class Uniform(LayoutDistribution):
+    """Independent block lengths 1..`max_size`, every size with the same share of the tokens."""
+
+    max_size: int
+    kind: Literal["uniform"] = "uniform"
+    __pydantic_config__ = FORBID_EXTRA
+
+    def __post_init__(self) -> None:
+        _check_size(self.max_size)
+
+    @property
+    def largest_named(self) -> int:
+        return self.max_size
+
+    def _lengths(self) -> Tensor:
+        return 1.0 / torch.arange(1, self.max_size + 1, dtype=torch.float64)
+
+    def draw(self, lengths: Tensor, generator: Generator) -> Tensor:
+        return _renewal_draw(self._lengths(), lengths, generator)
+
+    def configurations(self, length: int) -> Tensor:
+        return _renewal_table(self._lengths(), length)
+
+
+@dataclass(frozen=True)
+class LogUniform(LayoutDistribution):
+    """Independent block lengths 1..`max_size`, every octave of sizes with about the same share of the tokens."""
+
+    max_size: int
+    kind: Literal["log_uniform"] = "log_uniform"
+    __pydantic_config__ = FORBID_EXTRA
+
+    def __post_init__(self) -> None:
+        _check_size(self.max_size)
+
+    @property
+    def largest_named(self) -> int:
+        return self.max_size
+
+    def _lengths(self) -> Tensor:
+        return torch.arange(1, self.max_size + 1, dtype=torch.float64) ** -2
+
+    def draw(self, lengths: Tensor, generator: Generator) -> Tensor:
+        return _renewal_draw(self._lengths(), lengths, generator)
+
+    def configurations(self, length: int) -> Tensor:
+        return _renewal_table(self._lengths(), length)
+
+
+@dataclass(frozen=True)
+class Geometric(LayoutDistribution):
+    """Independent geometric block lengths: a block ends after each token with probability 1 / `mean`."""
+
+    mean: float
+    kind: Literal["geometric"] = "geometric"
+    __pydantic_config__ = FORBID_EXTRA
+
+    def __post_init__(self) -> None:
+        if self.mean < 1:
+            raise ValueError(f"layout geometric: mean block length {self.mean} is below 1; give 1 or more")
+
+    def draw(self, lengths: Tensor, generator: Generator) -> Tensor:
+        rate = torch.full((len(lengths), 1), 1 / self.mean, dtype=torch.float64)
+        return _geometric_draw(rate, int(lengths.max()), generator).to(lengths.device)
+
+    def configurations(self, length: int) -> Tensor:
+        return _geometric_table(torch.tensor([1 / self.mean], dtype=torch.float64), torch.ones(1), length)
+
+
+@dataclass(frozen=True)
+class ScaleMixture(LayoutDistribution):
+    """Every scale at once: the default for a model that should be good at every block size.
+
+    Each span draws a mean block length log-uniformly from 1 to `max_size` and then geometric lengths; with the
+    probabilities `atoms` {size: token share} it draws instead a grid of that size at a random offset, so that the
+    sizes that will be deployed are trained often.
+    """
+
+    max_size: int
+    atoms: dict[int, float] = field(default_factory=dict)
+    kind: Literal["scale_mixture"] = "scale_mixture"
+    __pydantic_config__ = FORBID_EXTRA
+
+    def __post_init__(self) -> None:
+        _check_size(self.max_size)
+        object.__setattr__(self, "atoms", {int(size): float(share) for size, share in self.atoms.items()})
+        for size, share in self.atoms.items():
+            _check_size(size)
+            if share <= 0:
+                raise ValueError(f"layout scale_mixture: atom {size} has share {share}; give a positive share")
+        if sum(self.atoms.values()) > 1:
+            raise ValueError(f"layout scale_mixture: the atoms' shares add up to {sum(self.atoms.values())}, above 1")
+
+    @property
+    def largest_named(self) -> int:
+        return max([self.max_size, *self.atoms])
+
+    def _with_scales(self) -> dict[int, float]:
+        return {0: max(0.0, 1.0 - sum(self.atoms.values())), **self.atoms}
+
+    def draw(self, lengths: Tensor, generator: Generator) -> Tensor:
+        width = int(lengths.max())
+        size = _choose(self._with_scales(), len(lengths), generator).to(lengths)
+        octave = torch.rand(len(lengths), 1, dtype=torch.float64, generator=generator)
+        scales = _geometric_draw(self.max_size**-octave, width, generator).to(lengths.device)
+        grid_size = size.clamp(min=1)
+        grids = _grids(grid_size, _random_offsets(grid_size, generator), width)
+        return torch.where((size == 0)[:, None], scales, grids)
+
+    def configurations(self, length: int) -> Tensor:
+        nodes, weights = _gauss_legendre(64)
+        table = _geometric_table(self.max_size**-nodes, weights, length) * self._with_scales()[0]
+        for size, share in self.atoms.items():
+            table = table + share * _random_offset_table(size, length)
+        return table
+
+
+@dataclass(frozen=True)
+class Full(LayoutDistribution):
+    """One block over the whole span: masked diffusion (MDLM, LLaDA)."""
+
+    kind: Literal["full"] = "full"
+    __pydantic_config__ = FORBID_EXTRA
+
+    def draw(self, lengths: Tensor, generator: Generator) -> Tensor:
+        starts = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.bool, device=lengths.device)
+        starts[:, 0] = True
+        return starts
+
+    def configurations(self, length: int) -> Tensor:
+        return Fixed(length).configurations(length)
+
+
+@dataclass(frozen=True)
+class AR(LayoutDistribution):
+    """Blocks of one token: an autoregressive model."""
+
+    kind: Literal["ar"] = "ar"
+    __pydantic_config__ = FORBID_EXTRA
+
+    def draw(self, lengths: Tensor, generator: Generator) -> Tensor:
+        return Fixed(1).draw(lengths, generator)
+
+    def configurations(self, length: int) -> Tensor:
+        return Fixed(1).configurations(length)
+
+
+AnyLayout = Fixed | RandomOffset | Mixture | Uniform | LogUniform | Geometric | ScaleMixture | Full | AR
+DISTRIBUTIONS: dict[str, type[LayoutDistribution]] = {
+    str(cls.__dataclass_fields__["kind"].default): cls
+    for cls in (Fixed, RandomOffset, Mixture, Uniform, LogUniform, Geometric, ScaleMixture, Full, AR)
+}
+
+
+def from_dict(spec: dict[str, Any]) -> LayoutDistribution:
+    """The distribution that `asdict` of one wrote; raises ValueError for an unknown kind."""
+    if spec.get("kind") not in DISTRIBUTIONS:
+        raise ValueError(f"layout kind {spec.get('kind')!r} is unknown; known: {', '.join(DISTRIBUTIONS)}")
+    return DISTRIBUTIONS[spec["kind"]](**spec)
+
+
+def to_dict(distribution: LayoutDistribution) -> dict[str, Any]:
+    """A JSON-ready description of the distribution, read back by `from_dict`."""
+    assert is_dataclass(distribution)
+    return asdict(distribution)
+
+
+def _check_size(size: int) -> None:
+    if size < 1:
+        raise ValueError(f"block size {size} is not possible; give 1 or more")
+
+
+def _normalised(kind: str, shares: dict[Any, float]) -> dict[int, float]:
+    if not shares or any(share <= 0 for share in shares.values()):
+        raise ValueError(f"layout {kind}: shares {shares} must be positive, one for each block size")
+    total = sum(shares.values())
+    result = {int(size): float(share) / total for size, share in shares.items()}
+    for size in result:
+        _check_size(size)
+    return result
+
+
+def _choose(shares: dict[int, float], count: int, generator: Generator) -> Tensor:
+    """`count` independent draws of a key, with its share as probability."""
+    probabilities = torch.tensor(list(shares.values()), dtype=torch.float64)
+    picks = torch.multinomial(probabilities, count, replacement=True, generator=generator)
+    return torch.tensor(list(shares))[picks]
+
+
+def _random_offsets(sizes: Tensor, generator: Generator) -> Tensor:
+    return (torch.rand(len(sizes), dtype=torch.float64, generator=generator).to(sizes.device) * sizes).long()
+
+
+def _grids(sizes: Tensor, offsets: Tensor, width: int) -> Tensor:
+    index = torch.arange(width, device=sizes.device)
+    starts = (index[None] - offsets[:, None]) % sizes[:, None] == 0
+    starts[:, 0] = True
+    return starts
+
+
+def _geometric_draw(rate: Tensor, width: int, generator: Generator) -> Tensor:
+    starts = torch.rand(len(rate), width, dtype=torch.float64, generator=generator) < rate
+    starts[:, 0] = True
+    return starts
+
+
+def _renewal_draw(weights: Tensor, lengths: Tensor, generator: Generator) -> Tensor:
+    width = int(lengths.max())
+    picks = torch.multinomial(weights, len(lengths) * width, replacement=True, generator=generator) + 1
+    places = picks.view(len(lengths), width).cumsum(1).clamp(max=width).to(lengths.device)
+    starts = torch.zeros(len(lengths), width + 1, dtype=torch.bool, device=lengths.device)
+    starts.scatter_(1, places, True)
+    starts[:, 0] = True
+    return starts[:, :width]
+
+
+def _tabulate(starts: Tensor, weight: Tensor) -> Tensor:
+    """Configuration table of given partitions: starts [K, length], each with its weight [K]."""
+    length = starts.shape[1]
+    row, place = starts.nonzero(as_tuple=True)
+    end = torch.cat([place[1:], place.new_tensor([length])])
+    end[torch.cat([row[1:] != row[:-1], torch.tensor([True])])] = length
+    table = torch.zeros(length, length + 1, dtype=torch.float64)
+    return table.index_put((place, end - place), weight[row], accumulate=True)
+
+
+def _random_offset_table(size: int, length: int) -> Tensor:
+    offsets = torch.arange(size)
+    starts = _grids(torch.full((size,), size), offsets, length)
+    return _tabulate(starts, torch.full((size,), 1 / size, dtype=torch.float64))
+
+
+def _renewal_table(weights: Tensor, length: int) -> Tensor:
+    """Independent lengths with the given weights: P(a block begins at p) * P(its length is w), cut at the end."""
+    probability = torch.zeros(max(length, len(weights)) + 1, dtype=torch.float64)
+    probability[1 : len(weights) + 1] = weights / weights.sum()
+    at_least = probability.flip(0).cumsum(0).flip(0)
+    begins = torch.zeros(length, dtype=torch.float64)
+    begins[0] = 1
+    for p in range(1, length):
+        begins[p] = (begins[:p] * probability[1 : p + 1].flip(0)).sum()
+    return _cut_table(begins, probability[: length + 1][None], at_least[: length + 1][None])
+
+
+def _geometric_table(rates: Tensor, weights: Tensor, length: int) -> Tensor:
+    """Mixture, with the given weights, of geometric lengths at the given rates."""
+    sizes = torch.arange(length + 1, dtype=torch.float64)
+    table = torch.zeros(length, length + 1, dtype=torch.float64)
+    for rate, weight in zip(rates.tolist(), weights.tolist(), strict=True):
+        at_least = (1 - rate) ** (sizes - 1).clamp(min=0)
+        begins = torch.full((length,), rate, dtype=torch.float64)
+        begins[0] = 1
+        table += weight * _cut_table(begins, (rate * at_least)[None], at_least[None])
+    return table
+
+
+def _cut_table(begins: Tensor, probability: Tensor, at_least: Tensor) -> Tensor:
+    """begins [L], P(length = w) and P(length >= w) [1, L + 1] -> [L, L + 1], blocks cut at the span's end."""
+    length = len(begins)
+    room = length - torch.arange(length)[:, None]
+    size = torch.arange(length + 1)[None]
+    inside = torch.where(size < room, probability, torch.where(size == room, at_least, 0.0))
+    return begins[:, None] * torch.where(size == 0, 0.0, inside)
+
+
+def _gauss_legendre(count: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of the quadrature on [0, 1] (Golub & Welsch: eigenvalues of the Jacobi matrix)."""
+    k = torch.arange(1, count, dtype=torch.float64)
+    beta = k / torch.sqrt(4 * k**2 - 1)
+    nodes, vectors = torch.linalg.eigh(torch.diag(beta, 1) + torch.diag(beta, -1))
+    return (nodes + 1) / 2, vectors[0] ** 2

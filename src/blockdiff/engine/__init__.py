@@ -1,0 +1,6 @@
+"""The engine: requests in, text out."""
+
+from blockdiff.engine.request import Output, Request, Step
+from blockdiff.engine.runner import generate
+
+__all__ = ["Output", "Request", "Step", "generate"]

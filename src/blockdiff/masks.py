@@ -1,0 +1,159 @@
+"""Visibility: the one rule of who sees whom, and its renderings for each attention implementation.
+
+Input of a two-stream pass is [noisy ; clean], both with their positions in the document. A query sees a key only in
+its own document, and:
+
+    noisy -> noisy   same block
+    noisy -> clean   key position < start of the query's block
+    clean -> clean   context_causal: key position <= query position;  block_causal: key block <= query block
+    clean -> noisy   never
+
+(BD3-LM, arXiv 2503.09573, section 3.2 and appendix B.6, for any block lengths; context_causal is NBDiff's mask,
+arXiv 2512.06776, appendix A.) A layer with a sliding window also drops keys `window` or more positions behind the
+query.
+
+Shapes: B rows, Q queries, K keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from blockdiff.layout import TokenMap
+
+CleanContext = Literal["context_causal", "block_causal"]
+CLEAN_CONTEXTS = ("context_causal", "block_causal")
+TILE = 128
+
+
+def visible(query: TokenMap, key: TokenMap, clean_context: CleanContext, window: int | None = None) -> Tensor:
+    """THE rule, elementwise: `query` and `key` are token maps whose tensors broadcast against each other."""
+    own_block = key.noisy & (query.block == key.block)
+    earlier = ~key.noisy & (key.position < query.start)
+    if clean_context == "context_causal":
+        clean = ~key.noisy & (key.position <= query.position)
+    else:
+        clean = ~key.noisy & (key.block <= query.block)
+    allowed = (query.doc == key.doc) & torch.where(query.noisy, own_block | earlier, clean)
+    if window is not None:
+        allowed = allowed & (query.position - key.position < window)
+    return allowed
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some queries, the ranges of keys that any of them sees, and their mask [B, 1, queries, keys] (None: sees all)."""
+
+    queries: slice
+    keys: tuple[slice, ...]
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Who sees whom in one forward pass: queries [B, Q], keys [B, K] (cached tokens first, then the queries' own).
+
+    Rendered once for each window and shared by all layers. Nothing here is ever handed to a model's own mask
+    handling: the attention function of `blockdiff.attention` picks the rendering it needs, so a boolean mask can
+    never be *added* to scores, and a sliding window is never lost.
+    """
+
+    query: TokenMap
+    key: TokenMap
+    clean_context: CleanContext
+    windows: dict[int, int | None] = field(default_factory=dict, repr=False, compare=False)
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def note_layer(self, layer: int | None, window: int | None) -> None:
+        """Called by the attention function: layer `layer` saw this mask, with its own sliding window."""
+        if layer is not None:
+            self.windows[layer] = window
+
+    def dense(self, window: int | None = None) -> Tensor:
+        """Boolean mask [B, 1, Q, K], True = visible: the reading of `scaled_dot_product_attention`."""
+        return self._once(("dense", window), lambda: self._rows(slice(None), window)[:, None])
+
+    def additive(self, dtype: torch.dtype, window: int | None = None) -> Tensor:
+        """Additive mask [B, 1, Q, K]: 0 where visible, -inf elsewhere (eager attention adds its mask to the scores)."""
+        zero = torch.zeros((), dtype=dtype, device=self.query.doc.device)
+        return self._once(("additive", dtype, window), lambda: torch.where(self.dense(window), zero, -torch.inf))
+
+    def tiles(self, window: int | None = None) -> list[Tile]:
+        """The mask in tiles of queries, each with only the keys that some query of the tile sees.
+
+        A two-stream pass sees about a quarter of its key pairs; the tiles never touch the rest, and no Q x K mask
+        exists as a whole.
+        """
+        return self._once(("tiles", window), lambda: [self._tile(at, window) for at in range(0, self._queries, TILE)])
+
+    def block_mask(self, window: int | None = None) -> Any:
+        """FlexAttention BlockMask of the same rule."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        batch, keys = self.key.shape
+
+        def build() -> Any:
+            return create_block_mask(
+                self.mask_mod(window), batch, None, self._queries, keys, device=self.query.doc.device
+            )
+
+        return self._once(("flex", window), build)
+
+    def mask_mod(self, window: int | None = None) -> Any:
+        """The rule as FlexAttention's index function (batch, head, query, key) -> bool."""
+        query, key, context = self.query, self.key, self.clean_context
+
+        def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return visible(query[b, q], key[b, k], context, window)
+
+        return rule
+
+    def draw(self, row: int = 0) -> str:
+        """The mask of one row as text: a line for each query, a mark for each visible key."""
+        allowed = self.dense()[row, 0]
+        streams = [("noisy", self.key.noisy[row]), ("clean", ~self.key.noisy[row])]
+        present = [(name, member.nonzero()[:, 0]) for name, member in streams if bool(member.any())]
+        width = len(str(int(self.key.position[row].max()))) + 1
+        margin = " " * (7 + width)
+        lines = [
+            margin + "  ".join(name.ljust(width * len(columns)) for name, columns in present).rstrip(),
+            margin + "  ".join("".join(f"{self.key.position[row, c]:>{width}}" for c in cs) for _, cs in present),
+        ]
+        previous = None
+        for q in range(self._queries):
+            stream = "noisy" if self.query.noisy[row, q] else "clean"
+            if previous is not None and previous != (stream, int(self.query.block[row, q])) and stream == "noisy":
+                lines.append("")
+            if previous is not None and previous[0] != stream:
+                lines.append("")
+            previous = (stream, int(self.query.block[row, q]))
+            marks = "  ".join("".join(f"{'■' if allowed[q, c] else '·':>{width}}" for c in cs) for _, cs in present)
+            lines.append(f"{stream} {self.query.position[row, q]:>{width}} {marks}")
+        return "\n".join(lines)
+
+    @property
+    def _queries(self) -> int:
+        return self.query.shape[1]
+
+    def _once(self, name: Any, build: Any) -> Any:
+        if name not in self._cache:
+            self._cache[name] = build()
+        return self._cache[name]
+
+    def _rows(self, queries: slice, window: int | None) -> Tensor:
+        return visible(self.query[:, queries, None], self.key[:, None, :], self.clean_context, window)
+
+    def _tile(self, at: int, window: int | None) -> Tile:
+        queries = slice(at, min(at + TILE, self._queries))
+        allowed = self._rows(queries, window)
+        seen = allowed.any(0).any(0).nonzero()[:, 0]
+        jumps = (seen[1:] - seen[:-1] > TILE // 2).nonzero()[:, 0].tolist()
+        firsts = seen[[0, *(j + 1 for j in jumps)]].tolist()
+        lasts = seen[[*jumps, len(seen) - 1]].tolist()
+        keys = tuple(slice(first, last + 1) for first, last in zip(firsts, lasts, strict=True))
+        mask = torch.cat([allowed[:, :, ks] for ks in keys], -1)
+        return Tile(queries, keys, None if bool(mask.all()) else mask[:, None].contiguous())

@@ -1,0 +1,291 @@
+"""Objectives: from a batch and its noise to one two-stream pass, and from logits to sums and counts per document.
+
+The same code trains and evaluates, so the number that is trained and the number that is reported cannot diverge.
+
+How logits line up with tokens is the model's `Alignment`:
+
+    same            logits at i predict token i. Every token of a block may be masked.
+    shift, clean    logits at i-1 predict token i, as AR checkpoints do. A block's first token is read from the clean
+                    stream, exactly as decoding takes it from the commit pass, and is never masked. A block's bound is
+                    its AR term plus the exact-count sum over the other n-1 tokens.
+    shift, seed     the noisy block begins one token earlier, with the clean token before the block in its first slot
+                    (SDLM, arXiv 2509.24007): all n tokens are predicted, in any order.
+    shift, noisy    a block's first token is read from the noisy stream, the last slot of the block before it
+                    (Fast-dLLM v2, arXiv 2509.26328). Parity only: decoding never uses that prediction, so it is no
+                    bound.
+
+With `clean` and `seed`, blocks of one token are exactly the AR model. DESIGN section 4; adaptation of NBDiff,
+arXiv 2512.06776, appendix A.
+
+Shapes: B rows, L clean tokens a row, N noisy slots a row, R reads (rows of logits), D documents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from blockdiff.layout import TokenMap
+from blockdiff.noise import Corruption
+
+Prediction = Literal["same", "shift"]
+Boundary = Literal["clean", "seed", "noisy"]
+Weighting = Literal["nelbo", "ce"] | list[float]
+MASKED, FIRST, AUXILIARY = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How a model's logits line up with tokens (a property of the checkpoint, never of a policy)."""
+
+    prediction: Prediction = "shift"
+    boundary: Boundary = "clean"
+
+    def __post_init__(self) -> None:
+        if self.prediction not in ("same", "shift"):
+            raise ValueError(f"prediction {self.prediction!r} is unknown; known: same, shift")
+        if self.boundary not in ("clean", "seed", "noisy"):
+            raise ValueError(f"boundary {self.boundary!r} is unknown; known: clean, seed, noisy")
+
+    @property
+    def shift(self) -> bool:
+        return self.prediction == "shift"
+
+    @property
+    def first_is_clean(self) -> bool:
+        """A block's first token is predicted by the clean stream and never masked."""
+        return self.shift and self.boundary == "clean"
+
+    @property
+    def seeded(self) -> bool:
+        """The noisy block's first slot holds the clean token before the block."""
+        return self.shift and self.boundary == "seed"
+
+    @property
+    def is_bound(self) -> bool:
+        return not (self.shift and self.boundary == "noisy")
+
+    def scoring(self) -> Alignment:
+        """The alignment under which this model is decoded, and therefore scored: `noisy` models decode as `clean`."""
+        return self if self.is_bound else Alignment("shift", "clean")
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Rows of logits that a loss reads.
+
+    index [R] slot of the two-stream input, flattened over rows; target [R] token id; weight [R] float64;
+    doc [R] document; kind [R]: MASKED (a masked token), FIRST (a block's first token, read from the clean stream) or
+    AUXILIARY (the AR term, not part of the bound). Masked reads come first, in the order of the masked tokens.
+    """
+
+    index: Tensor
+    target: Tensor
+    weight: Tensor
+    doc: Tensor
+    kind: Tensor
+
+
+@dataclass(frozen=True)
+class TwoStreams:
+    """The input of one pass, [noisy ; clean] (only clean where no block has a noisy slot), and what to read from it."""
+
+    ids: Tensor
+    tokens: TokenMap
+    reads: Reads
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Losses as sums and counts per document, never as a bare mean: tensors [D].
+
+    bound   sum of the weighted losses, in nats; tokens: how many tokens it covers
+    ar      sum of the auxiliary AR losses; ar_tokens: how many tokens they cover
+    """
+
+    bound: Tensor
+    tokens: Tensor
+    ar: Tensor
+    ar_tokens: Tensor
+
+    def loss(self, total_tokens: Tensor | float, ar_weight: float) -> Tensor:
+        """The training loss: (bound + ar_weight * AR term) / tokens of the whole optimizer step."""
+        return (self.bound.sum() + ar_weight * self.ar.sum()) / total_tokens
+
+
+def maskable(tokens: TokenMap, alignment: Alignment) -> Tensor:
+    """Tokens that noise may mask, bool [B, L]: scored, and not first in a block that decoding opens with it known."""
+    return tokens.scored & ~(tokens.is_block_start & alignment.first_is_clean)
+
+
+def block_numbers(tokens: TokenMap, chosen: Tensor) -> Tensor:
+    """Number of the block of each chosen token, ascending from 0 through the batch: int64 [number chosen]."""
+    rows = torch.arange(tokens.shape[0], device=tokens.doc.device)[:, None] * (tokens.shape[1] + 1)
+    return torch.unique_consecutive((tokens.block + rows)[chosen], return_inverse=True)[1]
+
+
+def two_streams(
+    ids: Tensor,
+    tokens: TokenMap,
+    corruption: Corruption,
+    alignment: Alignment,
+    mask_id: int,
+    *,
+    weighting: Weighting = "nelbo",
+    with_ar: bool = False,
+) -> TwoStreams:
+    """Build the pass for one noise draw over the batch's maskable tokens.
+
+    ids [B, L], tokens its clean-stream map, corruption over `maskable(tokens, alignment)` in row order.
+    `with_ar` adds the AR term: the clean stream predicts every scored token that the bound does not already read there.
+    """
+    if alignment.shift and bool((tokens.scored & (tokens.position == 0)).any()):
+        raise ValueError("a document's first token cannot be scored under shift: give every document a prompt token")
+    can = maskable(tokens, alignment)
+    masked = torch.zeros_like(can)
+    masked[can] = corruption.masked
+    weight = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
+    weight[can] = _weights(corruption, weighting)
+
+    source, noisy = _noisy_stream(tokens, alignment)
+    slot_masked = masked.gather(1, source) & noisy.scored
+    if alignment.seeded:
+        slot_masked &= ~noisy.is_block_start
+    return TwoStreams(
+        ids=torch.cat([ids.gather(1, source).masked_fill(slot_masked, mask_id), ids], 1),
+        tokens=TokenMap.cat(noisy, tokens),
+        reads=_reads(ids, tokens, masked, weight, source, noisy, alignment, with_ar),
+    )
+
+
+def token_losses(logits: Tensor, reads: Reads) -> Tensor:
+    """Cross-entropy of every read, unweighted, in at least float32: logits [R, V] -> [R]."""
+    precise = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(precise, reads.target, reduction="none")
+
+
+def score(logits: Tensor, reads: Reads, tokens: TokenMap, documents: int) -> Terms:
+    """Terms of a batch: logits [R, V] at the reads; tokens its clean-stream map; documents numbered 0..D-1 in it."""
+    loss = token_losses(logits, reads)
+    loss = loss * reads.weight.to(loss.dtype)
+    zero = torch.zeros(documents, dtype=loss.dtype, device=loss.device)
+    count = torch.zeros(documents, dtype=torch.int64, device=loss.device)
+    auxiliary = reads.kind == AUXILIARY
+    main = ~auxiliary
+    scored = tokens.doc[tokens.scored]
+    return Terms(
+        bound=zero.index_add(0, reads.doc[main], loss[main]),
+        tokens=count.index_add(0, scored, torch.ones_like(scored)),
+        ar=zero.index_add(0, reads.doc[auxiliary], loss[auxiliary]),
+        ar_tokens=count.index_add(0, reads.doc[auxiliary], torch.ones_like(reads.doc[auxiliary])),
+    )
+
+
+def _weights(corruption: Corruption, weighting: Weighting) -> Tensor:
+    if weighting == "nelbo":
+        return corruption.weight
+    if weighting == "ce":
+        return torch.ones_like(corruption.weight)
+    table = torch.tensor([0.0, *weighting], dtype=torch.float64, device=corruption.weight.device)
+    per_count = table[corruption.count.clamp(max=len(table) - 1)]
+    return per_count * corruption.size / corruption.count.clamp(min=1)
+
+
+def _noisy_stream(tokens: TokenMap, alignment: Alignment) -> tuple[Tensor, TokenMap]:
+    """Which clean tokens have a noisy slot, packed to the left: source [B, N] and the slots' map [B, N].
+
+    Blocks with nothing to mask have no slots, so a prompt costs nothing and an AR layout has no noisy stream at all.
+    """
+    noisy = tokens.as_noisy()
+    if alignment.seeded:
+        noisy = _seeded(noisy)
+        present = noisy.scored
+    else:
+        present = _in_blocks_with(maskable(tokens, alignment), tokens)
+    slots = int(present.sum(1).max())
+    source = torch.argsort((~present).to(torch.int8), dim=1, stable=True)[:, :slots]
+    noisy = noisy.take(source)
+    absent = torch.arange(slots, device=source.device)[None] >= present.sum(1, keepdim=True)
+    return source, TokenMap(
+        doc=noisy.doc.masked_fill(absent, -1),
+        position=noisy.position,
+        block=noisy.block,
+        start=noisy.start,
+        prompt=noisy.prompt,
+        noisy=noisy.noisy,
+    )
+
+
+def _seeded(noisy: TokenMap) -> TokenMap:
+    """Slot i of the stream stands for token i + 1: its block is that token's, beginning one token earlier."""
+    following = noisy.map(lambda tensor: torch.cat([tensor[:, 1:], tensor[:, -1:]], 1))
+    last = torch.zeros_like(noisy.prompt)
+    last[:, -1] = True
+    leads = (following.doc == noisy.doc) & ~last
+    return TokenMap(
+        doc=noisy.doc,
+        position=noisy.position,
+        block=following.block,
+        start=following.start - 1,
+        prompt=~leads | following.prompt,
+        noisy=noisy.noisy,
+    )
+
+
+def _in_blocks_with(chosen: Tensor, tokens: TokenMap) -> Tensor:
+    """Tokens whose block holds at least one chosen token: bool [B, L]."""
+    held = torch.zeros(tokens.shape[0], tokens.shape[1] + 1, dtype=torch.int64, device=chosen.device)
+    held.scatter_add_(1, tokens.block, chosen.long())
+    return held.gather(1, tokens.block) > 0
+
+
+def _reads(
+    ids: Tensor,
+    tokens: TokenMap,
+    masked: Tensor,
+    weight: Tensor,
+    source: Tensor,
+    noisy: TokenMap,
+    alignment: Alignment,
+    with_ar: bool,
+) -> Reads:
+    rows, length = ids.shape
+    slots = source.shape[1]
+    width = slots + length
+    row = torch.arange(rows, device=ids.device)[:, None].expand_as(ids)
+    place = torch.arange(length, device=ids.device).expand_as(ids)
+    # slot of each clean token in the noisy stream (meaningful where it has one)
+    slot = torch.zeros_like(ids)
+    slot.scatter_(1, source, torch.arange(slots, device=ids.device).expand_as(source))
+    has_slot = torch.zeros_like(masked)
+    has_slot.scatter_(1, source, noisy.doc >= 0)
+
+    before = (place - 1).clamp(min=0)
+    from_clean = row * width + slots + before
+    if alignment.shift:
+        from_noisy = row * width + slot.gather(1, before)
+        noisy_reads = masked & has_slot.gather(1, before) & (tokens.position > 0)
+    else:
+        from_noisy = row * width + slot
+        noisy_reads = masked
+    firsts = tokens.scored & tokens.is_block_start & alignment.first_is_clean
+    # under the `noisy` boundary a span's first token has no noisy slot before it and is read from the clean stream
+    parts = [
+        (from_noisy, noisy_reads, weight, MASKED),
+        (from_clean, masked & ~noisy_reads, weight, MASKED),
+        (from_clean, firsts, torch.ones_like(weight), FIRST),
+    ]
+    if with_ar:
+        free = tokens.scored & ~firsts & (tokens.position > 0)
+        parts.append((from_clean, free, torch.ones_like(weight), AUXILIARY))
+    return Reads(
+        index=torch.cat([index[chosen] for index, chosen, _, _ in parts]),
+        target=torch.cat([ids[chosen] for _, chosen, _, _ in parts]),
+        weight=torch.cat([w[chosen] for _, chosen, w, _ in parts]),
+        doc=torch.cat([tokens.doc[chosen] for _, chosen, _, _ in parts]),
+        kind=torch.cat([torch.full_like(ids[chosen], kind) for _, chosen, _, kind in parts]),
+    )

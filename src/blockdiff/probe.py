@@ -1,0 +1,185 @@
+"""The capability probe: does this model see exactly what the visibility rule says, no more and no less?
+
+Equality tests cannot tell: a linear-attention layer ignores the mask and may still agree on the states one happens to
+compare. So the probe is an *influence test*. On a small two-stream input it changes one token at a time and looks which
+logits move, then compares with the rule's closure over the layers (each with its own sliding window). It also checks
+that our attention computes what the model's own does, and that a cached pass equals an uncached one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from blockdiff.attention import UnsupportedModel
+from blockdiff.layout import Layout, TokenMap
+from blockdiff.masks import visible
+
+if TYPE_CHECKING:
+    from blockdiff.model import BlockDiffusionModel
+
+_LAYOUT = Layout(prompt=2, blocks=(3, 3))
+
+
+@torch.no_grad()
+def probe(model: BlockDiffusionModel, native: str) -> list[str]:
+    """Check a model; `native` is the attention it came with. Returns notes a user should know.
+
+    Raises UnsupportedModel, naming the layers that break the rule.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        influence, tokens = _influence(model)
+        _check_influence(model, influence, tokens)
+        _check_own_attention(model, native)
+        _check_cache(model)
+    finally:
+        model.train(was_training)
+    return _window_notes(model)
+
+
+def _influence(model: BlockDiffusionModel) -> tuple[Tensor, TokenMap]:
+    """influence [T, T]: how far the logits of slot q (row) move when the token of slot k (column) changes."""
+    clean = TokenMap.from_layouts([[_LAYOUT]])
+    noisy = clean.as_noisy()[:, _LAYOUT.prompt :]
+    tokens = TokenMap.cat(noisy, clean)
+    slots = tokens.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.vocabulary, (slots,), generator=generator)
+    rows = ids.repeat(slots + 2, 1)  # two unchanged rows measure the arithmetic's own noise
+    change = torch.randint(1, model.vocabulary, (slots,), generator=generator)
+    rows[torch.arange(slots) + 2, torch.arange(slots)] = (ids + change) % model.vocabulary
+    batch = tokens.map(lambda tensor: tensor.expand(slots + 2, -1)).to(model.device)
+    logits = model(rows.to(model.device), batch).view(slots + 2, slots, -1).float()
+    if model.spec.mask_id is not None:
+        logits[..., model.spec.mask_id] = 0
+    moved = (logits - logits[0]).abs().amax(-1).cpu()
+    return moved[2:].T.clamp(min=0) - moved[1][:, None].clamp(max=0), tokens
+
+
+def _check_influence(model: BlockDiffusionModel, influence: Tensor, tokens: TokenMap) -> None:
+    kind = model.backbone.config.model_type
+    layers = _layer_count(model)
+    if not model.windows:
+        raise UnsupportedModel(
+            f"{kind} builds its own attention and never asks for ours: it cannot be given a block mask"
+        )
+    slots = influence.shape[0]
+    reach = torch.eye(slots, dtype=torch.bool)
+    direct = torch.ones(slots, slots, dtype=torch.bool)
+    for layer in range(layers):
+        window = model.windows.get(layer)
+        sees = visible(tokens[:, :, None], tokens[:, None, :], model.spec.clean_context, window)[0]
+        reach = ((sees | torch.eye(slots, dtype=torch.bool)).float() @ reach.float()) > 0
+        direct &= sees
+    direct &= ~torch.eye(slots, dtype=torch.bool)
+    typical = float(influence[direct].median())
+    leaking = (~reach & (influence > 1e-3 * typical + 1e-12)).sum()
+    missing = (direct & (influence <= 1e-6 * typical)).sum() if typical > 0 else direct.sum()
+    if leaking or missing:
+        unheard = [layer for layer in range(layers) if layer not in model.windows]
+        named = f"layers {_ranges(unheard)} ({_names(model, unheard)})" if unheard else "its attention layers"
+        raise UnsupportedModel(
+            f"{kind} does not obey the mask: {named} let {int(leaking)} token pairs through that must not see each "
+            f"other and lose {int(missing)} that must (of {slots * slots}); block diffusion needs attention there"
+        )
+
+
+def _check_own_attention(model: BlockDiffusionModel, native: str) -> None:
+    """Our attention under a causal layout must give what the model's own attention gives."""
+    ours = model.backbone.config._attn_implementation
+    tokens = TokenMap.from_layouts([[Layout(12, ())]]).to(model.device)
+    ids = torch.randint(model.vocabulary, (1, 12), generator=torch.Generator().manual_seed(1)).to(model.device)
+    got = model(ids, tokens)
+    model.backbone.set_attn_implementation(native)
+    model._read = None
+    expected = model.backbone(input_ids=ids, position_ids=tokens.position).logits.flatten(0, 1)
+    model.backbone.set_attn_implementation(ours)
+    if model.spec.mask_id is not None:
+        expected[:, model.spec.mask_id] = got[:, model.spec.mask_id] = 0
+    tolerance = {torch.float64: 1e-4, torch.float32: 1e-3}.get(model.dtype, 0.1)
+    error = float((got - expected).abs().max() / expected.float().std().clamp(min=1e-6))
+    if not error < tolerance:
+        raise UnsupportedModel(
+            f"{model.backbone.config.model_type}: its attention computes something that ours does not "
+            f"(causal logits differ by {error:.2g} standard deviations)"
+        )
+
+
+def _check_cache(model: BlockDiffusionModel) -> None:
+    """Prefix, an open block that is thrown away, then the block committed: equal to one pass over everything."""
+    from blockdiff.model import Past
+
+    clean = TokenMap.from_layouts([[_LAYOUT]]).to(model.device)
+    ids = torch.randint(model.vocabulary, (1, _LAYOUT.length), generator=torch.Generator().manual_seed(2))
+    ids = ids.to(model.device)
+    expected = model(ids, clean)[-3:]
+    try:
+        past = Past()
+        model(ids[:, :5], clean[:, :5], past=past, keep=True)
+        model(ids[:, 2:5], clean[:, 5:].as_noisy(), past=past)
+        got = model(ids[:, 5:], clean[:, 5:], past=past, keep=True)
+    except (ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise UnsupportedModel(f"{model.backbone.config.model_type} cannot decode from a cache: {error}") from error
+    if model.spec.mask_id is not None:
+        expected[:, model.spec.mask_id] = got[:, model.spec.mask_id] = 0
+    tolerance = {torch.float64: 1e-4, torch.float32: 1e-3}.get(model.dtype, 0.1)
+    away = float((got - expected).abs().max() / expected.float().std().clamp(min=1e-6))
+    if not away < tolerance:
+        raise UnsupportedModel(
+            f"{model.backbone.config.model_type}: decoding from a cache differs from a full pass "
+            f"by {away:.2g} standard deviations"
+        )
+
+
+def _window_notes(model: BlockDiffusionModel) -> list[str]:
+    """Sentences about windowed layers: kept where the layer hands us its window, and said where it does not."""
+    config = model.backbone.config.get_text_config(decoder=True)
+    kinds = list(getattr(config, "layer_types", None) or [])
+    kept = [layer for layer, window in sorted(model.windows.items()) if window is not None]
+    lost = [i for i, kind in enumerate(kinds) if kind not in ("full_attention", "attention") and i not in kept]
+    notes = []
+    if kept:
+        windows = sorted({int(model.windows[layer] or 0) for layer in kept})
+        notes.append(f"layers {_ranges(kept)} keep their sliding window of {', '.join(map(str, windows))} tokens")
+    if lost:
+        notes.append(
+            f"layers {_ranges(lost)} ({kinds[lost[0]]}) attend without their window: the model does not tell it"
+        )
+    return notes
+
+
+def _layer_count(model: BlockDiffusionModel) -> int:
+    return int(model.backbone.config.get_text_config(decoder=True).num_hidden_layers)
+
+
+def _names(model: BlockDiffusionModel, layers: list[int]) -> str:
+    """Class names of what mixes tokens in these layers."""
+    count = _layer_count(model)
+    stacks = [m for m in model.backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    found: list[str] = []
+    for stack in stacks[:1]:
+        for layer in layers:
+            mixers = [
+                type(child).__name__
+                for child in stack[layer].children()
+                if not any(
+                    word in type(child).__name__.lower() for word in ("mlp", "norm", "moe", "dropout", "linear4")
+                )
+            ]
+            found += mixers or [type(stack[layer]).__name__]
+    return ", ".join(dict.fromkeys(found)) or "unnamed"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0, 1, 2, 5 -> '0-2, 5'."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)

@@ -1,0 +1,153 @@
+"""The slow truth: what every fast path must equal. Short, one block at a time, no cache, no packing, no batching.
+
+A model is here any function `denoise(ids, positions, sees) -> logits`: ids [T] (ints), positions [T], sees [T, T]
+(True: the row's token may look at the column's token), logits [T, V]. The [MASK] column must be -inf.
+
+A block of a document is described by `Block`: the clean tokens before it, and its own tokens. All losses are in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import comb
+
+import torch
+from torch import Tensor
+
+from blockdiff.layout import Layout
+from blockdiff.masks import CleanContext
+from blockdiff.objectives import Alignment
+
+Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block to be denoised: `prefix` clean tokens, fallen into `parts` (for a block-causal clean context)."""
+
+    prefix: tuple[int, ...]
+    parts: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+def blocks(ids: Sequence[int], layout: Layout) -> Iterator[Block]:
+    """The blocks of a document; prompt tokens are parts of one token each."""
+    at, parts = layout.prompt, (1,) * layout.prompt
+    for size in layout.blocks:
+        yield Block(tuple(ids[:at]), parts, tuple(ids[at : at + size]))
+        at, parts = at + size, (*parts, size)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The reference computations for one model and its conventions."""
+
+    denoise: Denoise
+    mask_id: int
+    alignment: Alignment = Alignment()  # noqa: RUF009 - frozen
+    clean_context: CleanContext = "context_causal"
+
+    def losses(self, block: Block, masked: Sequence[int]) -> dict[int, Tensor]:
+        """-log f of each masked place (0 = the block's first token), given the prefix and the unmasked tokens."""
+        logits = self.block_logits(block, masked)
+        return {i: -torch.log_softmax(logits[i], -1)[block.tokens[i]] for i in masked}
+
+    def block_logits(self, block: Block, masked: Sequence[int]) -> Tensor:
+        """Logits [n, V], row i predicting the block's token i, with the places `masked` hidden."""
+        size, before = len(block.tokens), len(block.prefix)
+        shown = [self.mask_id if i in masked else token for i, token in enumerate(block.tokens)]
+        if self.alignment.seeded:  # the block begins one token earlier, with the last clean token in its first slot
+            shown, first = [block.prefix[-1], *shown[:-1]], before - 1
+        else:
+            first = before
+        ids = torch.tensor([*block.prefix, *shown])
+        positions = torch.cat([torch.arange(before), torch.arange(first, first + size)])
+        sees = torch.zeros(before + size, before + size, dtype=torch.bool)
+        for q in range(before):
+            for k in range(before):
+                sees[q, k] = self._clean_sees(block.parts, q, k)
+        sees[before:, :first] = True
+        sees[before:, before:] = True
+        logits = self.denoise(ids, positions, sees)
+        if self.alignment.seeded or not self.alignment.shift:
+            return logits[before:]
+        return torch.cat([self.next_logits(block.prefix, block.parts)[None], logits[before:-1]])
+
+    def next_logits(self, prefix: Sequence[int], parts: Sequence[int]) -> Tensor:
+        """Logits [V] of the token after a clean prefix, from the clean stream alone (the AR reading)."""
+        count = len(prefix)
+        sees = torch.zeros(count, count, dtype=torch.bool)
+        for q in range(count):
+            for k in range(count):
+                sees[q, k] = self._clean_sees(parts, q, k)
+        return self.denoise(torch.tensor(prefix), torch.arange(count), sees)[-1]
+
+    def places(self, block: Block) -> list[int]:
+        """Places of the block that noise may mask: all, but the first where it is known before denoising begins."""
+        return list(range(1 if self.alignment.first_is_clean else 0, len(block.tokens)))
+
+    def first_loss(self, block: Block) -> Tensor | float:
+        """The AR term of a block's first token, where that token is not denoised."""
+        if not self.alignment.first_is_clean:
+            return 0.0
+        return -torch.log_softmax(self.next_logits(block.prefix, block.parts), -1)[block.tokens[0]]
+
+    def nelbo(self, block: Block) -> Tensor:
+        """The block's bound by enumeration: sum over k of (1/k) mean over |M| = k of the masked losses."""
+        places = self.places(block)
+        total = torch.zeros((), dtype=torch.float64) + self.first_loss(block)
+        for k in range(1, len(places) + 1):
+            for masked in combinations(places, k):
+                loss = sum(self.losses(block, masked).values(), torch.zeros(()))
+                total = total + loss / (k * comb(len(places), k))
+        return total
+
+    def random_order_nll(self, block: Block) -> Tensor:
+        """Exact -log p of the sampler that reveals one uniformly chosen token after another.
+
+        P(S) = sum over i in S of P(S - i) f(x_i | x_{S - i}) / (n - |S| + 1), with S the revealed set.
+        """
+        places = self.places(block)
+        count = len(places)
+        log_p: dict[frozenset[int], Tensor] = {frozenset(): torch.zeros((), dtype=torch.float64)}
+        for revealed in range(count):
+            reached: dict[frozenset[int], list[Tensor]] = {}
+            for known in map(frozenset, combinations(places, revealed)):
+                losses = self.losses(block, [i for i in places if i not in known])
+                for i, loss in losses.items():
+                    step = log_p[known] - loss - torch.tensor(float(count - revealed)).double().log()
+                    reached.setdefault(known | {i}, []).append(step)
+            log_p.update({known: torch.logsumexp(torch.stack(ways), 0) for known, ways in reached.items()})
+        return self.first_loss(block) - log_p[frozenset(places)]
+
+    def document(self, ids: Sequence[int], layout: Layout, measure: Callable[[Block], Tensor]) -> Tensor:
+        """A block's measure (`nelbo`, `random_order_nll`) summed over a document."""
+        return torch.stack([measure(block) for block in blocks(ids, layout)]).sum()
+
+    def generate(
+        self, prompt: Sequence[int], sizes: Sequence[int], choose: Callable[[Tensor, list[int]], dict[int, int]]
+    ) -> list[int]:
+        """Decode block after block, recomputing everything at every step.
+
+        `choose(logits [n, V], masked places)` says which masked places to fill now, and with which token.
+        """
+        ids, parts = list(prompt), (1,) * len(prompt)
+        for size in sizes:
+            block = Block(tuple(ids), parts, (self.mask_id,) * size)
+            masked = list(range(size))
+            while masked:
+                ready = [0] if self.alignment.first_is_clean and 0 in masked else masked
+                chosen = choose(self.block_logits(block, masked), ready)
+                tokens = tuple(chosen.get(i, token) for i, token in enumerate(block.tokens))
+                block = Block(block.prefix, block.parts, tokens)
+                masked = [i for i in masked if i not in chosen]
+            ids, parts = [*ids, *block.tokens], (*parts, size)
+        return ids[len(prompt) :]
+
+    def _clean_sees(self, parts: Sequence[int], query: int, key: int) -> bool:
+        if self.clean_context == "context_causal":
+            return key <= query
+        part = [number for number, size in enumerate(parts) for _ in range(size)]
+        return part[key] <= part[query]

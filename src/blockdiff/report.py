@@ -1,0 +1,224 @@
+"""The report of a run: one self-contained HTML page, made from the run's files and nothing else.
+
+Reads config.yaml, metrics.jsonl, results/*.json and results/mask.txt where they exist; a part whose file is missing is
+left out.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+Rows = list[dict[str, Any]]
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #6a737d; --line: #d8dee4; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --paper: #0d1117; --soft: #8b949e; --line: #30363d; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem;
+       margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line); }
+table { border-collapse: collapse; }
+td, th { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid var(--line); }
+td:first-child, th:first-child { text-align: left; }
+img { max-width: 100%; background: #fff; border-radius: 4px; }
+pre { overflow-x: auto; font-size: .8rem; line-height: 1.25; }
+figcaption, .soft { color: var(--soft); font-size: .9rem; }
+.sample { white-space: pre-wrap; border-left: 3px solid var(--line); padding-left: 1rem; }
+.sample span { color: #1b1f24; border-radius: 2px; } .prompt { color: var(--soft); }
+"""
+
+
+def write(run: Path) -> Path:
+    """Write `run`/report.html; raises FileNotFoundError where `run` is no run directory."""
+    from blockdiff.files import write_text
+
+    if not (run / "config.yaml").exists():
+        raise FileNotFoundError(f"{run}: no config.yaml in it; give the directory of a run")
+    results = {path.stem: json.loads(path.read_text()) for path in sorted((run / "results").glob("*.json"))}
+    metrics = [json.loads(line) for line in _text(run / "metrics.jsonl").splitlines()]
+    parts = [
+        f"<h1>{html.escape(run.resolve().name)}</h1>",
+        _summary(results),
+        _losses(metrics),
+        _bounds(results),
+        _speed(results),
+        _samples(results),
+        _preformatted("What a training pass sees", _text(run / "results" / "mask.txt")),
+        _preformatted("Configuration", _text(run / "config.yaml")),
+        _versions(results),
+    ]
+    page = f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(run.name)}</title>"
+    page += f"<meta name='viewport' content='width=device-width'><style>{_STYLE}</style></head><body>"
+    write_text(run / "report.html", page + "\n".join(part for part in parts if part) + "</body></html>\n")
+    return run / "report.html"
+
+
+def bound_table(rows: Rows) -> Table:
+    """Bounds for the terminal."""
+    exact = any(row["nll_nats"] is not None for row in rows)
+    columns = ["block size", "offset", "nats/token", "± se", "PPL", "95 % interval", "estimate"]
+    table = Table(*columns, *(["exact NLL"] if exact else []), box=SIMPLE_HEAD)
+    for column in table.columns:
+        column.justify, column.no_wrap = "right", True
+    for row in rows:
+        low, high = row["ppl_ci"] or (None, None)
+        cells = [
+            str(row["block_size"]),
+            str(row["offset"]),
+            f"{row['nats_per_token']:.4f}",
+            "" if row["se"] is None else f"{row['se']:.4f}",
+            f"{row['ppl']:.3f}",
+            "" if low is None else f"{low:.3f} – {high:.3f}",
+            f"{row['draws']} draws" if row["draws"] else "exact",
+        ]
+        table.add_row(*cells, *([f"{row['nll_nats'] or row['nats_per_token']:.4f}"] if exact else []))
+    return table
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def _summary(results: dict[str, Any]) -> str:
+    bounds, baselines = results.get("bound", {}).get("rows", []), results.get("baselines", {}).get("rows", [])
+    if not bounds:
+        return ""
+    lines = "".join(
+        f"<tr><td>{html.escape(row['name'])}</td><td>{row['nats_per_token']:.4f}</td><td></td>"
+        f"<td>{row['ppl']:.2f}</td><td></td></tr>"
+        for row in baselines
+    )
+    for row in bounds:
+        low, high = row["ppl_ci"] or (row["ppl"], row["ppl"])
+        error = "" if row["se"] is None else f"± {row['se']:.4f}"
+        lines += (
+            f"<tr><td>{_grid(row)}</td>"
+            f"<td>{row['nats_per_token']:.4f}</td><td>{error}</td><td>{row['ppl']:.2f}</td>"
+            f"<td>{low:.2f} – {high:.2f}</td></tr>"
+        )
+    n = bounds[0]
+    return (
+        "<h2>Bounds on the validation text</h2><table><tr><th></th><th>nats/token</th><th>standard error</th>"
+        f"<th>PPL</th><th>95 % interval</th></tr>{lines}</table><p class='soft'>{n['tokens']} scored tokens in {n['documents']} "
+        f"documents; errors clustered by document; seed {results['bound']['seed']}.</p>"
+    )
+
+
+def _grid(row: dict[str, Any]) -> str:
+    return f"block size {row['block_size']}" + (f", offset {row['offset']}" if row["offset"] else "")
+
+
+def _losses(metrics: Rows) -> str:
+    points = [m for m in metrics if "bound" in m]
+    if len(points) < 2:
+        return ""
+    figure, axes = _figure()
+    steps = [m["step"] for m in points]
+    axes.plot(steps, [m["bound"] for m in points], label="training bound")
+    if any("ar" in m for m in points):
+        axes.plot(steps, [m.get("ar") for m in points], label="AR term")
+    validation = [m for m in metrics if any(name.startswith("eval_bound") for name in m)]
+    for name in sorted({n for m in validation for n in m if n.startswith("eval_bound_b") and not n.endswith("_se")}):
+        at = [m for m in validation if name in m]
+        axes.plot(
+            [m["step"] for m in at], [m[name] for m in at], "o--", label=name.replace("eval_bound_b", "valid b = ")
+        )
+    axes.set(xlabel="step", ylabel="nats per token")
+    axes.legend()
+    return f"<h2>Training</h2>{_image(figure, 'Loss per token of the training noise and layouts, by step')}"
+
+
+def _bounds(results: dict[str, Any]) -> str:
+    rows = [row for row in results.get("bound", {}).get("rows", []) if row["offset"] == 0]
+    if len(rows) < 2:
+        return ""
+    figure, axes = _figure()
+    sizes, ppl = [row["block_size"] for row in rows], [row["ppl"] for row in rows]
+    errors = [
+        [p - row["ppl_ci"][0] for p, row in zip(ppl, rows, strict=True)] if rows[0]["ppl_ci"] else [0] * len(rows)
+    ]
+    errors += [
+        [row["ppl_ci"][1] - p for p, row in zip(ppl, rows, strict=True)] if rows[0]["ppl_ci"] else [0] * len(rows)
+    ]
+    axes.errorbar(sizes, ppl, yerr=errors, marker="o", capsize=3, label="this model (bound)")
+    for number, row in enumerate(results.get("baselines", {}).get("rows", [])):
+        axes.axhline(row["ppl"], ls="--", lw=1, color=f"C{number + 1}", label=row["name"])
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set(xlabel="block size", ylabel="perplexity (upper bound)")
+    axes.legend()
+    return _image(figure, "Perplexity bound against block size, one model, with 95 % intervals")
+
+
+def _speed(results: dict[str, Any]) -> str:
+    rows = results.get("speed", {}).get("rows", [])
+    if not rows:
+        return ""
+    lines = "".join(
+        f"<tr><td>{html.escape(row['name'])}</td><td>{row['tokens_per_second']:.0f}</td>"
+        f"<td>{row['speed_over_ar']:.2f}</td><td>{row['tokens_per_forward']:.2f}</td></tr>"
+        for row in rows
+    )
+    return (
+        "<h2>Speed</h2><table><tr><th></th><th>tokens/s</th><th>over AR</th>"
+        "<th>tokens per forward (with commits)</th></tr>"
+        f"{lines}</table><p class='soft'>Batch 1, median of {rows[0]['repeats']} interleaved runs, "
+        f"{results['speed']['threads']} threads, the same weights.</p>"
+    )
+
+
+def _samples(results: dict[str, Any]) -> str:
+    rows = results.get("samples", {}).get("rows", [])
+    if not rows:
+        return ""
+    out = (
+        "<h2>Samples</h2><p class='soft'>Colour: the step of its block at which a token was filled (pale: known before "
+    )
+    out += "denoising began; darker: later).</p>"
+    for row in rows:
+        spans = "".join(_token(*token) for token in zip(row["pieces"], row["steps"], strict=True))
+        out += f"<p><b>{html.escape(row['name'])}</b></p>"
+        out += f"<p class='sample'><i class='prompt'>{html.escape(row['prompt'])}</i>{spans}</p>"
+    return out
+
+
+def _token(piece: str, step: int) -> str:
+    shade = 96 - min(step, 12) * 4
+    return f"<span style='background:hsl(210 70% {shade}%)' title='step {step}'>{html.escape(piece)}</span>"
+
+
+def _preformatted(title: str, text: str) -> str:
+    return f"<h2>{title}</h2><pre>{html.escape(text)}</pre>" if text.strip() else ""
+
+
+def _versions(results: dict[str, Any]) -> str:
+    if not results:
+        return ""
+    first = next(iter(results.values()))
+    words = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    return f"<p class='soft'>{html.escape(words)}; {first['threads']} threads; {html.escape(first['device'])}</p>"
+
+
+def _figure() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _image(figure: Any, caption: str) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    words = html.escape(caption)
+    image = f"<img alt='{words}' src='data:image/png;base64,{encoded}'>"
+    return f"<figure>{image}<figcaption>{words}</figcaption></figure>"

@@ -1,0 +1,214 @@
+"""A Hugging Face Trainer that trains on two streams.
+
+Only what block diffusion changes is overridden: the loss, the evaluation (a bound, not a loss), and how checkpoints are
+written (whole or not at all) and read. Devices, precision, accumulation, schedules and optimizers are the Trainer's.
+
+Noise and layouts are functions of (seed, optimizer step, pass), never of a generator's history, so a resumed run draws
+what the uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Generator, Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from blockdiff.data import PackedRows, collate
+from blockdiff.distributions import LayoutDistribution
+from blockdiff.files import sync_tree
+from blockdiff.layout import Spans, TokenMap
+from blockdiff.model import BlockDiffusionModel
+from blockdiff.noise import Noise
+from blockdiff.objectives import Alignment, Terms, Weighting, block_numbers, maskable, score, two_streams
+from blockdiff.rng import uniform
+
+_DRAW = 5  # purpose of random numbers
+
+Validate = Callable[[BlockDiffusionModel], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a step draws and what it minimises."""
+
+    layout: LayoutDistribution
+    noise: Noise
+    weighting: Weighting = "nelbo"
+    ar_weight: float = 0.0
+
+    def terms(
+        self, model: nn.Module, batch: dict[str, Tensor], alignment: Alignment, mask_id: int, generator: Generator
+    ) -> Terms:
+        """Draw a layout and noise for a batch (`data.collate`'s) and score it, in one two-stream pass."""
+        ids, doc, prompt = batch["input_ids"], batch["doc"], batch["prompt"]
+        spans = Spans.of(doc, prompt)
+        tokens = TokenMap.build(doc, prompt, spans.place(self.layout.draw(spans.lengths, generator)))
+        corruption = self.noise.draw(block_numbers(tokens, maskable(tokens, alignment)), generator)
+        stream = two_streams(
+            ids, tokens, corruption, alignment, mask_id, weighting=self.weighting, with_ar=self.ar_weight > 0
+        )
+        logits = model(stream.ids, stream.tokens, read=stream.reads.index)
+        return score(logits, stream.reads, tokens, int(doc.max()) + 1)
+
+
+class BlockDiffusionTrainer(Trainer):
+    """Train a `BlockDiffusionModel` on packed rows.
+
+    `validate` returns the metrics of an evaluation. Checkpoints appear in `args.output_dir` as checkpoint-<step>.
+    """
+
+    def __init__(
+        self,
+        model: BlockDiffusionModel,
+        objective: Objective,
+        rows: PackedRows,
+        args: TrainingArguments,
+        *,
+        validate: Validate | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        super().__init__(model=model, args=args, data_collator=collate, train_dataset=rows, callbacks=callbacks)
+        self.remove_callback(PrinterCallback)  # progress is the caller's affair
+        self.objective = objective
+        self.validate = validate
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole optimizer step
+        self._pass = (-1, 0)
+        self._sums: dict[str, Tensor] = {}
+        self._staging: str | None = None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The weighted bound and the AR term over the scored tokens of all passes and devices of this step."""
+        spec = self._bare().spec
+        terms = self.objective.terms(model, inputs, spec.alignment, spec.mask_id or 0, self._generator())
+        self._note(terms)
+        total = terms.tokens.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = terms.loss(total, self.objective.ar_weight)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over devices afterwards
+        return (loss, terms) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The bound on the validation documents, as `validate` measures it."""
+        if self.validate is None:
+            return {}
+        metrics = {f"eval_{name}": value for name, value in self.validate(self._bare()).items()}
+        self.log(dict(metrics))
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._means())
+        super().log(logs, start_time)
+
+    def _bare(self) -> BlockDiffusionModel:
+        model = self.accelerator.unwrap_model(self.model)
+        assert isinstance(model, BlockDiffusionModel)
+        return model
+
+    def _generator(self) -> Generator:
+        """A generator for this pass of this step on this device."""
+        step, number = self._pass
+        self._pass = (step, number + 1) if step == self.state.global_step else (self.state.global_step, 0)
+        key = uniform(self.args.seed, *self._pass, self.args.process_index, _DRAW)
+        return Generator().manual_seed(int(key * 2**53))
+
+    def _note(self, terms: Terms) -> None:
+        for name in ("bound", "tokens", "ar", "ar_tokens"):
+            value = getattr(terms, name).detach().sum().double()
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+
+    def _means(self) -> dict[str, float]:
+        sums, self._sums = {name: float(value) for name, value in self._sums.items()}, {}
+        means = {}
+        if sums.get("tokens"):
+            means["bound"] = sums["bound"] / sums["tokens"]
+        if sums.get("ar_tokens"):
+            means["ar"] = sums["ar"] / sums["ar_tokens"]
+        return means
+
+    # ---- checkpoints: whole or not at all ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or str(super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write the checkpoint beside the others under another name, then rename it into place."""
+        home = Path(self.args.output_dir)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=home))
+        self._staging = str(staging)
+        try:
+            super()._save_checkpoint(model, trial)
+            sync_tree(staging)
+            shutil.rmtree(home / name, ignore_errors=True)
+            (staging / name).rename(home / name)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            kept = last_checkpoint(home)
+            where = (
+                f"the last whole checkpoint is {kept}; make room and go on with --resume" if kept else "none is whole"
+            )
+            raise OSError(
+                f"could not write the checkpoint of step {self.state.global_step} in {home}: {error}; {where}"
+            ) from error
+        finally:
+            self._staging = None
+            shutil.rmtree(staging, ignore_errors=True)
+        for old in checkpoints(home)[: -(self.args.save_total_limit or 1)]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        directory = Path(output_dir or self.args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._bare().save_into(directory)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        backbone = self._bare().backbone
+        saved = type(backbone).from_pretrained(resume_from_checkpoint, dtype=backbone.dtype, use_safetensors=True)
+        backbone.load_state_dict(saved.state_dict())
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The resumable checkpoints in a directory, oldest first."""
+    found = [path for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (path / "trainer_state.json").exists()]
+    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """The newest resumable checkpoint, if there is one."""
+    found = checkpoints(directory)
+    return found[-1] if found else None
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log line to `metrics.jsonl`; a resumed run first drops the lines that it will write again."""
+
+    def __init__(self, path: Path, resumed_at: int) -> None:
+        self.path = path
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= resumed_at] if resumed_at else []
+        path.write_text("".join(kept))
+
+    def _lines(self) -> list[str]:
+        return [line for line in self.path.open() if line.endswith("\n")] if self.path.exists() else []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if state.is_world_process_zero and logs:
+            kept = {name: value for name, value in logs.items() if name not in ("epoch", "total_flos")}
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **kept}) + "\n")
