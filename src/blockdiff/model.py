@@ -133,6 +133,7 @@ class BlockDiffusionModel(nn.Module):
         self._read: Tensor | None = None
         head.register_forward_pre_hook(self._keep_read_rows)
         backbone.set_attn_implementation(NAMES[implementation])
+        self.train(backbone.training)
 
     @property
     def device(self) -> torch.device:

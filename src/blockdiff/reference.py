@@ -9,7 +9,7 @@ A block of a document is described by `Block`: the clean tokens before it, and i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from math import comb
 
@@ -21,6 +21,8 @@ from blockdiff.masks import CleanContext
 from blockdiff.objectives import Alignment
 
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (logits [n, V], masked places, position of the block's first token, step) -> {place: token} to fill now
+Choose = Callable[[Tensor, list[int], int, int], dict[int, int]]
 
 
 @dataclass(frozen=True)
@@ -126,23 +128,19 @@ class Reference:
         """A block's measure (`nelbo`, `random_order_nll`) summed over a document."""
         return torch.stack([measure(block) for block in blocks(ids, layout)]).sum()
 
-    def generate(
-        self, prompt: Sequence[int], sizes: Sequence[int], choose: Callable[[Tensor, list[int]], dict[int, int]]
-    ) -> list[int]:
-        """Decode block after block, recomputing everything at every step.
-
-        `choose(logits [n, V], masked places)` says which masked places to fill now, and with which token.
-        """
+    def generate(self, prompt: Sequence[int], sizes: Sequence[int], choose: Choose) -> list[int]:
+        """Decode block after block, recomputing everything at every step; `choose` says what to fill."""
         ids, parts = list(prompt), (1,) * len(prompt)
         for size in sizes:
-            block = Block(tuple(ids), parts, (self.mask_id,) * size)
+            block, start = Block(tuple(ids), parts, (self.mask_id,) * size), len(ids)
             masked = list(range(size))
+            step = 0 if self.alignment.first_is_clean else 1
             while masked:
-                ready = [0] if self.alignment.first_is_clean and 0 in masked else masked
-                chosen = choose(self.block_logits(block, masked), ready)
-                tokens = tuple(chosen.get(i, token) for i, token in enumerate(block.tokens))
-                block = Block(block.prefix, block.parts, tokens)
+                ready = masked if step else [0]  # a first token known from the prefix comes before any denoising
+                chosen = choose(self.block_logits(block, masked), ready, start, step)
+                block = replace(block, tokens=tuple(chosen.get(i, token) for i, token in enumerate(block.tokens)))
                 masked = [i for i in masked if i not in chosen]
+                step += 1
             ids, parts = [*ids, *block.tokens], (*parts, size)
         return ids[len(prompt) :]
 

@@ -106,8 +106,8 @@ def _summary(results: dict[str, Any]) -> str:
     n = bounds[0]
     return (
         "<h2>Bounds on the validation text</h2><table><tr><th></th><th>nats/token</th><th>standard error</th>"
-        f"<th>PPL</th><th>95 % interval</th></tr>{lines}</table><p class='soft'>{n['tokens']} scored tokens in {n['documents']} "
-        f"documents; errors clustered by document; seed {results['bound']['seed']}.</p>"
+        f"<th>PPL</th><th>95 % interval</th></tr>{lines}</table>"
+        f"<p class='soft'>{n['tokens']} scored tokens in {n['documents']} documents; errors clustered by document; seed {results['bound']['seed']}.</p>"
     )
 
 

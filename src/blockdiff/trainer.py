@@ -77,7 +77,14 @@ class BlockDiffusionTrainer(Trainer):
         validate: Validate | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        super().__init__(model=model, args=args, data_collator=collate, train_dataset=rows, callbacks=callbacks)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate,
+            train_dataset=rows,
+            eval_dataset=PackedRows([]),  # the Trainer wants one to evaluate at all; `evaluate` asks `validate`
+            callbacks=callbacks,
+        )
         self.remove_callback(PrinterCallback)  # progress is the caller's affair
         self.objective = objective
         self.validate = validate
@@ -201,11 +208,9 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, path: Path, resumed_at: int) -> None:
         self.path = path
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= resumed_at] if resumed_at else []
-        path.write_text("".join(kept))
-
-    def _lines(self) -> list[str]:
-        return [line for line in self.path.open() if line.endswith("\n")] if self.path.exists() else []
+        lines = path.read_text().splitlines(keepends=True) if path.exists() and resumed_at else []
+        whole = [line for line in lines if line.endswith("\n")]
+        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= resumed_at))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs:

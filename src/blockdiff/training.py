@@ -22,6 +22,7 @@ from blockdiff import data, model
 from blockdiff.config import ConfigError, RunConfig
 from blockdiff.data import Corpus, Encoder, PackedRows
 from blockdiff.evaluate import BoundRow, bound
+from blockdiff.explain import draw_example
 from blockdiff.files import write_json, write_text
 from blockdiff.model import BlockDiffusionModel, Spec
 from blockdiff.runtime import record, use_available_threads
@@ -81,6 +82,8 @@ def train(
     valid = _validation(config, bridge, tokenizer)
     objective = Objective(config.layout, config.noise, config.objective.weighting, config.objective.ar_weight)
     steps = _steps(run, config, bridge, objective, rows, resumed)
+    picture = draw_example(config.layout, bridge.spec.alignment, bridge.spec.clean_context, config.seed)
+    write_text(run.path / "results" / "mask.txt", picture + "\n")
     say(
         f"training: {steps} steps on {torch.get_num_threads()} threads, {bridge.backbone.num_parameters():,} parameters"
     )
@@ -357,7 +360,8 @@ def _arguments(config: RunConfig, run: RunDirectory, steps: int) -> TrainingArgu
         save_strategy="no" if save is None else "steps",
         save_steps=save or steps,
         save_total_limit=settings.keep,
-        eval_strategy="no",
+        eval_strategy="no" if config.eval.every is None or config.data.valid is None else "steps",
+        eval_steps=config.eval.every,
         seed=config.seed,
         data_seed=config.seed,
         bf16=config.model.dtype == "bfloat16" and torch.cuda.is_available(),

@@ -77,19 +77,14 @@ def propose(logits: Tensor, u: Tensor, settings: SamplingBatch) -> tuple[Tensor,
 
 
 def _draw(logits: Tensor, u: Tensor, settings: SamplingBatch) -> Tensor:
-    scaled = logits / settings.temperature.clamp(min=1e-6)
-    probability = scaled.softmax(-1)
-    if not settings.filtered:
-        return _inverse(probability, u)
-    ordered, order = torch.sort(probability, dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(-1) - ordered
-    rank = torch.arange(logits.shape[-1], device=logits.device)
-    kept = torch.where((before < settings.top_p) & (rank < settings.top_k), ordered, 0.0)
-    return order.gather(-1, _inverse(kept, u)[..., None])[..., 0]
-
-
-def _inverse(weights: Tensor, u: Tensor) -> Tensor:
-    """Index whose share of the cumulated weights holds u."""
-    cumulated = weights.cumsum(-1)
+    probability = (logits / settings.temperature.clamp(min=1e-6)).softmax(-1)
+    if settings.filtered:
+        ordered, order = torch.sort(probability, dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered
+        rank = torch.arange(logits.shape[-1], device=logits.device)
+        kept = (before < settings.top_p) & (rank < settings.top_k)
+        # back in vocabulary order, so that a number picks the same token whether or not its neighbours filter
+        probability = probability * torch.zeros_like(kept).scatter(-1, order, kept)
+    cumulated = probability.cumsum(-1)
     target = u.to(cumulated.dtype)[..., None] * cumulated[..., -1:]
-    return torch.searchsorted(cumulated, target, right=True)[..., 0].clamp(max=weights.shape[-1] - 1)
+    return torch.searchsorted(cumulated, target, right=True)[..., 0].clamp(max=logits.shape[-1] - 1)

@@ -1,0 +1,255 @@
+"""Training: normalisation, resuming, whole checkpoints, and errors that lose nothing."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_config
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+import blockdiff
+from blockdiff.config import ConfigError, make_config
+from blockdiff.training import RunDirectory, train
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoint" / "model.safetensors")
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(run: Path) -> list[dict[str, float]]:
+    """Metrics without the clock."""
+    return [
+        {k: v for k, v in m.items() if "second" not in k and "runtime" not in k} for m in metrics(run) if "loss" in m
+    ]
+
+
+def test_training_learns_and_leaves_a_whole_run_directory(trained):
+    files = {path.relative_to(trained).as_posix() for path in trained.rglob("*") if path.is_file()}
+    assert {"config.yaml", "metrics.jsonl", "results/bound.json", "results/train.json", "results/mask.txt"} <= files
+    assert "checkpoint/block_diffusion.json" in files
+    assert not [name for name in files if name.startswith("checkpoint/") and name.endswith((".bin", ".pt", ".pth"))]
+    logged = numbers(trained)
+    assert logged[-1]["bound"] < 0.6 * logged[0]["bound"]
+    result = json.loads((trained / "results" / "bound.json").read_text())
+    assert {"command", "seed", "versions", "threads", "rows"} <= set(result)
+    assert [row["block_size"] for row in result["rows"]] == [1, 4]
+    assert all(row["se"] > 0 for row in result["rows"])
+    assert blockdiff.load(trained / "checkpoint").spec.ar_trained
+
+
+def test_a_dict_a_file_and_a_config_train_alike(tmp_path):
+    tree = tiny_config(tmp_path, train={"steps": 2})
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+    first = blockdiff.train(tree)
+    losses = numbers(first) or metrics(first)
+    again = blockdiff.train(tmp_path / "c.yaml", overwrite=True)
+    assert first == again
+    assert (numbers(again) or metrics(again))[-1]["train_loss"] == losses[-1]["train_loss"]
+
+
+@pytest.mark.parametrize("layout", [{"kind": "ar"}, {"kind": "fixed", "size": 2}])
+def test_accumulated_passes_equal_one_large_pass(tmp_path, layout):
+    """The loss is normalised by the tokens of the whole step, so 4 rows equal 2 x 2 rows of other token counts.
+
+    Both layouts are free of noise under the clean boundary (a lone maskable token is always masked).
+    """
+    runs = []
+    for rows, accumulation in ((4, 1), (2, 2)):
+        folder = tmp_path / f"{rows}"
+        folder.mkdir()
+        tree = tiny_config(folder, layout=layout, model={"dtype": "float64"}, objective={"ar_weight": 0.0})
+        tree["train"] |= {"steps": 6, "rows": rows, "accumulation": accumulation, "log_every": 1}
+        runs.append(train(make_config(tree)).path)
+    one, two = numbers(runs[0]), numbers(runs[1])
+    assert [m["loss"] for m in one] == pytest.approx([m["loss"] for m in two], rel=1e-6)
+    assert [m["grad_norm"] for m in one] == pytest.approx([m["grad_norm"] for m in two], rel=1e-6)
+    lines = (tmp_path / "4" / "train.jsonl").read_text().splitlines()
+    assert len({len(line.split()) for line in lines}) > 1  # the documents do differ in length
+
+
+def test_noise_is_a_function_of_seed_and_step(tmp_path):
+    losses = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        tree = tiny_config(folder, train={"steps": 4, "log_every": 1}, seed=seed)
+        losses[name] = [m["loss"] for m in numbers(train(make_config(tree)).path)]
+    assert losses["a"] == losses["b"]
+    assert losses["a"] != losses["c"]
+
+
+def run_cli(config: Path, *options: str) -> subprocess.Popen[bytes]:
+    with (config.parent / "log").open("ab") as log:
+        command = [sys.executable, "-m", "blockdiff", "train", str(config), *options]
+        return subprocess.Popen(command, stdout=log, stderr=log)
+
+
+def test_a_killed_run_resumes_to_the_same_end(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+        tree = tiny_config(folder, train={"steps": 120, "save_every": 10, "log_every": 5})
+        (folder / "c.yaml").write_text(yaml.safe_dump(tree))
+    reference = run_cli(whole / "c.yaml")
+    process = run_cli(killed / "c.yaml")
+    deadline = time.monotonic() + 120
+    while not (killed / "run" / "trainer" / "checkpoint-20").exists():
+        assert process.poll() is None, (killed / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "run" / "checkpoint").exists()
+    resumed = run_cli(killed / "c.yaml", "--resume")
+    assert resumed.wait(timeout=120) == 0, (killed / "log").read_text()
+    assert reference.wait(timeout=120) == 0, (whole / "log").read_text()
+    assert numbers(killed / "run") == numbers(whole / "run")
+    a, b = weights(killed / "run"), weights(whole / "run")
+    assert all(torch.equal(a[name], b[name]) for name in b)
+    # twin: with another seed the numbers differ
+    (tmp_path / "other").mkdir()
+    other = train(make_config(tiny_config(tmp_path / "other", train={"steps": 10, "log_every": 5}, seed=9))).path
+    assert numbers(other)[0]["loss"] != numbers(whole / "run")[0]["loss"]
+
+
+class FillTheDisk(TrainerCallback):
+    """From the first checkpoint on, no file may grow beyond a few kilobytes (as on a full disk)."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step >= self.after:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+
+def test_a_full_disk_is_a_clear_error_and_loses_nothing(tmp_path):
+    config = make_config(tiny_config(tmp_path, train={"steps": 30, "save_every": 10, "log_every": 5}))
+    run = RunDirectory(Path(config.output))
+    try:
+        with pytest.raises(
+            OSError, match=r"could not write the checkpoint of step 20 .*checkpoint-10; make room"
+        ) as caught:
+            train(config, callbacks=[FillTheDisk(10)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in run.trainer.iterdir() if path.name != "runs"] == ["checkpoint-10"]
+    resumed = train(config, resume=True)
+    (tmp_path / "again").mkdir()
+    again = train(make_config({**tiny_config(tmp_path / "again"), "train": yaml.safe_load(config.dump())["train"]}))
+    a, b = weights(resumed.path), weights(again.path)
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_an_unwritable_output_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("not a directory")
+    config = make_config({**tiny_config(tmp_path), "output": str(tmp_path / "file" / "run")})
+    with pytest.raises(ConfigError, match="output: cannot write to .*file/run"):
+        train(config)
+
+
+def test_a_run_is_never_overwritten_unasked(trained):
+    config = make_config(yaml.safe_load((trained / "config.yaml").read_text()))
+    with pytest.raises(ConfigError, match="already holds a run; go on with --resume, start anew with --overwrite"):
+        train(config)
+    with pytest.raises(ConfigError, match=r"--resume: train\.learning_rate differs"):
+        changed = yaml.safe_load((trained / "config.yaml").read_text())
+        changed["train"]["learning_rate"] = 0.5
+        train(make_config(changed), resume=True)
+
+
+def test_adapting_a_checkpoint_keeps_its_conventions(trained, tmp_path):
+    tree = tiny_config(tmp_path, train={"steps": 2})
+    tree["model"] = {"init": str(trained / "checkpoint"), "prediction": "same"}
+    with pytest.raises(ConfigError, match=r"model\.prediction: the checkpoint .* was trained with shift, not same"):
+        train(make_config(tree))
+    tree["model"] = {"init": str(trained / "checkpoint")}
+    tree["data"]["length"] = 200
+    with pytest.raises(ConfigError, match=r"data\.length: 200 tokens do not fit the model's context of 128"):
+        train(make_config(tree))
+    tree["data"] |= {"length": 64, "end_token": "<nothing>"}
+    with pytest.raises(ConfigError, match=r"data\.end_token: the tokenizer has no token '<nothing>'"):
+        train(make_config(tree))
+
+
+def test_a_model_without_an_end_token_is_refused(trained, tmp_path):
+    import shutil
+
+    bare = tmp_path / "bare"
+    shutil.copytree(trained / "checkpoint", bare)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        content = json.loads((bare / name).read_text())
+        content |= {"eos_token_id": None, "eos_token": None}
+        (bare / name).write_text(json.dumps(content))
+    tree = tiny_config(tmp_path, train={"steps": 2})
+    tree["model"] = {"init": str(bare)}
+    with pytest.raises(ConfigError, match="names an end token, so no document could end; set data.end_token"):
+        train(make_config(tree))
+
+
+@pytest.mark.parametrize("weighting", ["ce", [1.0, 0.5, 0.25]])
+def test_other_weightings_train(tmp_path, weighting):
+    tree = tiny_config(tmp_path, objective={"weighting": weighting}, train={"steps": 10, "log_every": 5})
+    logged = numbers(train(make_config(tree)).path)
+    assert logged[-1]["loss"] < logged[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"prediction": "same"}, "layout": {"kind": "full"}, "noise": {"kind": "bernoulli"}},
+        {"model": {"boundary": "seed"}, "layout": {"kind": "uniform", "max_size": 6}},
+        {"model": {"boundary": "noisy"}, "layout": {"kind": "random_offset", "size": 4}},
+        {
+            "model": {"prediction": "same", "clean_context": "block_causal"},
+            "layout": {"kind": "fixed", "size": 4},
+            "noise": {"kind": "clipped", "low": 0.3, "high": 0.8},
+            "objective": {"ar_weight": 0.0},
+        },
+        {"model": {"attention": "eager"}, "train": {"accumulation": 2}},
+    ],
+    ids=["mdlm", "seed", "noisy boundary", "bd3lm", "eager"],
+)
+def test_every_convention_trains_measures_and_generates(tmp_path, changes):
+    tree = tiny_config(tmp_path, **changes)
+    tree["train"] |= {"steps": 6, "log_every": 3}
+    run = train(make_config(tree)).path
+    logged = numbers(run)
+    assert logged[-1]["loss"] < logged[0]["loss"]
+    model = blockdiff.load(run / "checkpoint")
+    assert model.spec.alignment.prediction == tree["model"].get("prediction", "shift")
+    output = model.generate("the cat", max_new_tokens=9, block_size=4)[0]
+    assert len(output.tokens) <= 9
+    rows = json.loads((run / "results" / "bound.json").read_text())["rows"]
+    assert rows[1]["nats_per_token"] > 0
+
+
+def test_a_time_budget_becomes_steps_that_a_resumed_run_keeps(tmp_path):
+    tree = tiny_config(tmp_path)
+    tree["train"] = {"minutes": 0.02, "rows": 4, "log_every": 5, "learning_rate": 0.01}
+    run = train(make_config(tree))
+    steps = yaml.safe_load((run.path / "plan.yaml").read_text())["steps"]
+    assert steps >= 1
+    assert metrics(run.path)[-1]["step"] == steps
+
+
+def test_validation_during_training_is_logged(tmp_path):
+    tree = tiny_config(tmp_path, train={"steps": 10, "log_every": 5}, eval={"every": 5, "block_sizes": [1, 4]})
+    found = [m for m in metrics(train(make_config(tree)).path) if "eval_bound_b4" in m]
+    assert [m["step"] for m in found] == [5, 10]
+    assert all(m["eval_bound_b4_se"] > 0 for m in found)
