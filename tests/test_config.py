@@ -82,7 +82,7 @@ def test_set_changes_keys_with_yaml_values(tmp_path):
     path.write_text(yaml.safe_dump(BASE))
     config = load_config(path, ["data.length=64", "layout={kind: fixed, size: 4}", "eval.block_sizes=[1, 2]"], seed=7)
     assert (config.data.length, config.layout.largest_named, config.eval.block_sizes, config.seed) == (64, 4, [1, 2], 7)
-    with pytest.raises(ConfigError, match="--set data.length: write it as key.subkey=value"):
+    with pytest.raises(ConfigError, match=r"--set data\.length: write it as key\.subkey=value"):
         load_config(path, ["data.length"])
     with pytest.raises(ConfigError, match="output is a value, not a group of keys"):
         load_config(path, ["output.x=1"])

@@ -54,7 +54,8 @@ def run_demo(out: Path, *, minutes: float, seed: int, console: Console) -> dict[
     console.rule("3. measure")
     model, ar_model = load(run.checkpoint), load(ar_run.checkpoint)
     documents = documents_of(model, valid_file)
-    rows = [row.to_json() for row in bound(model, documents, BLOCK_SIZES, draws=8, seed=seed)]
+    draws = max(2, min(8, round(4 * minutes)))
+    rows = [row.to_json() for row in bound(model, documents, BLOCK_SIZES, draws=draws, seed=seed)]
     ar_row = bound(ar_model, documents, [1])[0]
     words = unigram(documents_of(model, train_file), documents, model.vocabulary)
     baselines = [

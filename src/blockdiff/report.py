@@ -61,24 +61,24 @@ def write(run: Path) -> Path:
 
 
 def bound_table(rows: Rows) -> Table:
-    """Bounds for the terminal."""
-    exact = any(row["nll_nats"] is not None for row in rows)
-    columns = ["block size", "offset", "nats/token", "± se", "PPL", "95 % interval", "estimate"]
-    table = Table(*columns, *(["exact NLL"] if exact else []), box=SIMPLE_HEAD)
-    for column in table.columns:
-        column.justify, column.no_wrap = "right", True
-    for row in rows:
-        low, high = row["ppl_ci"] or (None, None)
-        cells = [
-            str(row["block_size"]),
-            str(row["offset"]),
-            f"{row['nats_per_token']:.4f}",
-            "" if row["se"] is None else f"{row['se']:.4f}",
-            f"{row['ppl']:.3f}",
-            "" if low is None else f"{low:.3f} – {high:.3f}",
-            f"{row['draws']} draws" if row["draws"] else "exact",
-        ]
-        table.add_row(*cells, *([f"{row['nll_nats'] or row['nats_per_token']:.4f}"] if exact else []))
+    """Bounds for the terminal; columns that would be empty are left out."""
+    columns: dict[str, Any] = {
+        "block size": lambda row: str(row["block_size"]),
+        "offset": lambda row: str(row["offset"]) if any(r["offset"] for r in rows) else "",
+        "nats/token": lambda row: f"{row['nats_per_token']:.4f}",
+        "± se": lambda row: "" if row["se"] is None else f"{row['se']:.4f}",
+        "PPL": lambda row: f"{row['ppl']:.3f}",
+        "95 % interval": lambda row: "" if row["ppl_ci"] is None else "{:.3f} – {:.3f}".format(*row["ppl_ci"]),
+        "draws": lambda row: str(row["draws"] or "exact"),
+        "exact NLL": lambda row: "" if row["nll_nats"] is None else f"{row['nll_nats']:.4f}",
+    }
+    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
+    shown = {name: column for name, column in cells.items() if any(column)}
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in shown:
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in zip(*shown.values(), strict=True):
+        table.add_row(*line)
     return table
 
 
@@ -107,7 +107,8 @@ def _summary(results: dict[str, Any]) -> str:
     return (
         "<h2>Bounds on the validation text</h2><table><tr><th></th><th>nats/token</th><th>standard error</th>"
         f"<th>PPL</th><th>95 % interval</th></tr>{lines}</table>"
-        f"<p class='soft'>{n['tokens']} scored tokens in {n['documents']} documents; errors clustered by document; seed {results['bound']['seed']}.</p>"
+        f"<p class='soft'>{n['tokens']} scored tokens in {n['documents']} documents; errors clustered by document; "
+        f"seed {results['bound']['seed']}.</p>"
     )
 
 
