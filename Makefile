@@ -18,7 +18,7 @@ setup: .venv/.installed
 	touch $@
 
 demo: .venv/.installed
-	$(BIN)/blockdiff demo --out $(DEMO)
+	$(BIN)/blockdiff demo --out $(DEMO) $(DEMO_OPTIONS)
 
 # One thread for each test process: two threads on two busy cores can be 50 times slower than one.
 test: check

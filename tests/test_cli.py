@@ -149,6 +149,8 @@ def test_bad_input_is_one_line_and_exit_code_two(trained, tmp_path, capsys):
         assert code == 2, arguments
         assert message in error.replace("\n", " "), (arguments, error)
         assert "Traceback" not in error
+    skipped = ["--data", tmp_path / "bad.jsonl", "--skip-bad-rows", "--block-sizes", 1]
+    assert run("eval", "bound", model, *skipped, capsys=capsys)[0] == 0
     code, _, error = run("generate", model, "--promt", "a", capsys=capsys)
     assert code == 2
     assert "--promt" in error

@@ -235,6 +235,7 @@ def test_the_context_is_filled_to_its_end_and_no_further(conventions):
         ({"prompt": ()}, "the prompt has no tokens"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"block_size": 0}, "block size 0 is not possible"),
+        ({"block_size": 97}, "block size 97 does not fit the model's context of 96 tokens"),
         ({"stop": ("",)}, "a stop string is empty"),
         ({"prompt": tuple([3] * 96)}, "the prompt has 96 tokens and the model's context holds 96"),
     ],

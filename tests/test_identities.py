@@ -40,7 +40,7 @@ def losses_per_document(
 ) -> Tensor:
     stream = two_streams(ids, tokens, corruption, alignment or model.spec.alignment, model.spec.mask_id or 0)
     logits = model(stream.ids, stream.tokens, read=stream.reads.index)
-    return score(logits, stream.reads, tokens, int(tokens.doc.max()) + 1).bound
+    return score(logits, stream.reads, tokens, int(tokens.doc.max()) + 1).blocks
 
 
 def reference(model: BlockDiffusionModel) -> Reference:

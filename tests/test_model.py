@@ -42,7 +42,7 @@ def test_the_identities_hold_on_every_architecture(kind):
 
     block = block_numbers(tokens, maskable(tokens, model.spec.alignment))
     corruption = ExactCount().draw(block, torch.Generator().manual_seed(1))
-    together = score_batch(model, ids, tokens, corruption).bound[0]
+    together = score_batch(model, ids, tokens, corruption).blocks[0]
     alone, past, at = 0.0, Past(), 2
     model(ids[:, :2], tokens[:, :2], past=past, keep=True)
     masked = torch.zeros_like(tokens.prompt)
@@ -75,7 +75,7 @@ def test_the_identities_hold_on_every_architecture(kind):
     moved = model(changed, tokens.as_noisy()) - model(ids, tokens.as_noisy())
     assert moved[5, : tiny.VOCABULARY].abs().max() > 1e-4
     other = ExactCount().draw(block, torch.Generator().manual_seed(2))
-    assert abs(float(score_batch(model, ids, tokens, other).bound[0]) - float(together)) > 1e-4
+    assert abs(float(score_batch(model, ids, tokens, other).blocks[0]) - float(together)) > 1e-4
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma2", "gemma3_text", "olmo3", "gpt_oss"])

@@ -11,7 +11,7 @@ import torch
 from blockdiff import evaluate, model, training
 from blockdiff.attention import Implementation
 from blockdiff.config import RunConfig, load_config, make_config
-from blockdiff.data import Document, read_corpus
+from blockdiff.data import BadRows, Document, read_corpus
 from blockdiff.decode import POLICIES, Policy, Sampling
 from blockdiff.engine import Output, Request, generate
 from blockdiff.engine.runner import OnStep, OnText
@@ -80,11 +80,13 @@ def load(
     return model.load(path, dtype=dtype, device=where, implementation=implementation, model_class=Model)
 
 
-def documents_of(bridge: BlockDiffusionModel, texts: Sequence[str] | str | Path) -> list[Document]:
-    """Documents as training makes them, from texts or from a data file."""
+def documents_of(
+    bridge: BlockDiffusionModel, texts: Sequence[str] | str | Path, bad_rows: BadRows = "error"
+) -> list[Document]:
+    """Documents as training makes them, from a list of texts or from a data file."""
     encoder = training.encoder_of(bridge)
     if isinstance(texts, str | Path):
-        return read_corpus(texts, encoder).documents
+        return read_corpus(texts, encoder, bad_rows).documents
     names = [f"text {number}" for number in range(1, len(texts) + 1)]
     return [encoder.document(ids, 1, name) for ids, name in zip(encoder.tokenize(texts), names, strict=True)]
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from blockdiff.api import Model
+    from blockdiff.data import BadRows
     from blockdiff.evaluate import BoundRow
 
 app = typer.Typer(
@@ -154,6 +155,7 @@ def eval_bound(
     draws: Annotated[int, typer.Option(help="Noise draws of each document.", min=1)] = 8,
     exact: Annotated[bool, typer.Option("--exact", help="Enumerate the masks of small blocks instead.")] = False,
     limit: Annotated[int | None, typer.Option(help="Score only the first so many documents.", min=1)] = None,
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave unusable rows out.")] = False,
     seed: Seed = 0,
     json_file: JsonFile = None,
 ) -> None:
@@ -166,7 +168,8 @@ def eval_bound(
 
     sizes, shifts = _numbers(block_sizes, "--block-sizes"), _numbers(offsets, "--offsets")
     model = _load(path)
-    documents = [document for file in data for document in documents_of(model, file)][:limit]
+    bad_rows: BadRows = "skip" if skip_bad_rows else "error"
+    documents = [document for file in data for document in documents_of(model, file, bad_rows)][:limit]
     with Bar(console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("scoring", total=1.0)
         rows: list[BoundRow] = evaluate.bound(

@@ -336,5 +336,7 @@ def _is_message(message: Any) -> bool:
 
 def _reject(problem: str, on_bad: BadRows, bad: list[str]) -> None:
     if on_bad == "error":
-        raise DataError(f"{problem}; mend the row, or leave such rows out with --set data.bad_rows=skip")
+        raise DataError(
+            f"{problem}; mend the row, or leave such rows out (data.bad_rows: skip in a config, --skip-bad-rows here)"
+        )
     bad.append(problem)

@@ -33,7 +33,8 @@ def shares(layout: LayoutDistribution, length: int) -> str:
         high = min(2 * low - 1, length)
         part = float(share[low : high + 1].sum())
         if part > 5e-4:
-            lines.append(f"  {low if low == high else f'{low}-{high}':>9}  {part:6.1%}  {'█' * round(part * 40)}")
+            sizes = str(low) if low == high else f"{low}-{high}"
+            lines.append(f"  {sizes:>9}  {part:6.1%}  {'█' * round(part * 40)}".rstrip())
         low *= 2
     return "\n".join(lines)
 

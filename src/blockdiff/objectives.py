@@ -103,18 +103,19 @@ class TwoStreams:
 class Terms:
     """Losses as sums and counts per document, never as a bare mean: tensors [D].
 
-    bound   sum of the weighted losses, in nats; tokens: how many tokens it covers
+    blocks  sum of the blocks' weighted losses, in nats (their bound, where weighting, noise and alignment make it one);
+            tokens: how many tokens it covers
     ar      sum of the auxiliary AR losses; ar_tokens: how many tokens they cover
     """
 
-    bound: Tensor
+    blocks: Tensor
     tokens: Tensor
     ar: Tensor
     ar_tokens: Tensor
 
     def loss(self, total_tokens: Tensor | float, ar_weight: float) -> Tensor:
-        """The training loss: (bound + ar_weight * AR term) / tokens of the whole optimizer step."""
-        return (self.bound.sum() + ar_weight * self.ar.sum()) / total_tokens
+        """The training loss: (blocks + ar_weight * AR term) / tokens of the whole optimizer step."""
+        return (self.blocks.sum() + ar_weight * self.ar.sum()) / total_tokens
 
 
 def maskable(tokens: TokenMap, alignment: Alignment) -> Tensor:
@@ -178,7 +179,7 @@ def score(logits: Tensor, reads: Reads, tokens: TokenMap, documents: int) -> Ter
     main = ~auxiliary
     scored = tokens.doc[tokens.scored]
     return Terms(
-        bound=zero.index_add(0, reads.doc[main], loss[main]),
+        blocks=zero.index_add(0, reads.doc[main], loss[main]),
         tokens=count.index_add(0, scored, torch.ones_like(scored)),
         ar=zero.index_add(0, reads.doc[auxiliary], loss[auxiliary]),
         ar_tokens=count.index_add(0, reads.doc[auxiliary], torch.ones_like(reads.doc[auxiliary])),

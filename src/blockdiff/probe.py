@@ -57,7 +57,7 @@ def _influence(model: BlockDiffusionModel) -> tuple[Tensor, TokenMap]:
     if model.spec.mask_id is not None:
         logits[..., model.spec.mask_id] = 0
     moved = (logits - logits[0]).abs().amax(-1).cpu()
-    return moved[2:].T.clamp(min=0) - moved[1][:, None].clamp(max=0), tokens
+    return (moved[2:].T - moved[1][:, None]).clamp(min=0), tokens
 
 
 def _check_influence(model: BlockDiffusionModel, influence: Tensor, tokens: TokenMap) -> None:

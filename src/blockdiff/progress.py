@@ -46,4 +46,4 @@ class Progress(TrainerCallback):
 
 
 def _interesting(name: str) -> bool:
-    return name in ("bound", "ar") or (name.startswith("eval_bound") and not name.endswith("_se"))
+    return name in ("bound", "block_loss", "ar") or (name.startswith("eval_bound") and not name.endswith("_se"))

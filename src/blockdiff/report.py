@@ -117,14 +117,14 @@ def _grid(row: dict[str, Any]) -> str:
 
 
 def _losses(metrics: Rows) -> str:
-    points = [m for m in metrics if "bound" in m]
+    points = [m for m in metrics if "loss" in m]
     if len(points) < 2:
         return ""
     figure, axes = _figure()
-    steps = [m["step"] for m in points]
-    axes.plot(steps, [m["bound"] for m in points], label="training bound")
-    if any("ar" in m for m in points):
-        axes.plot(steps, [m.get("ar") for m in points], label="AR term")
+    for name, label in (("bound", "training bound"), ("block_loss", "blocks' loss (no bound)"), ("ar", "AR term")):
+        at = [m for m in points if name in m]
+        if at:
+            axes.plot([m["step"] for m in at], [m[name] for m in at], label=label)
     validation = [m for m in metrics if any(name.startswith("eval_bound") for name in m)]
     for name in sorted({n for m in validation for n in m if n.startswith("eval_bound_b") and not n.endswith("_se")}):
         at = [m for m in validation if name in m]

@@ -46,6 +46,10 @@ class Objective:
     weighting: Weighting = "nelbo"
     ar_weight: float = 0.0
 
+    def is_bound(self, alignment: Alignment) -> bool:
+        """Whether the blocks' loss is, in expectation, a bound on the negative log-likelihood."""
+        return self.weighting == "nelbo" and self.noise.is_bound and alignment.is_bound
+
     def terms(
         self, model: nn.Module, batch: dict[str, Tensor], alignment: Alignment, mask_id: int, generator: Generator
     ) -> Terms:
@@ -137,7 +141,7 @@ class BlockDiffusionTrainer(Trainer):
         return Generator().manual_seed(int(key * 2**53))
 
     def _note(self, terms: Terms) -> None:
-        for name in ("bound", "tokens", "ar", "ar_tokens"):
+        for name in ("blocks", "tokens", "ar", "ar_tokens"):
             value = getattr(terms, name).detach().sum().double()
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
 
@@ -145,7 +149,8 @@ class BlockDiffusionTrainer(Trainer):
         sums, self._sums = {name: float(value) for name, value in self._sums.items()}, {}
         means = {}
         if sums.get("tokens"):
-            means["bound"] = sums["bound"] / sums["tokens"]
+            name = "bound" if self.objective.is_bound(self._bare().spec.alignment) else "block_loss"
+            means[name] = sums["blocks"] / sums["tokens"]
         if sums.get("ar_tokens"):
             means["ar"] = sums["ar"] / sums["ar_tokens"]
         return means

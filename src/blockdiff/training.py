@@ -99,6 +99,8 @@ def train(
     began = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     seconds = time.perf_counter() - began
+    if not trainer.is_world_process_zero():
+        return run
     bridge.save(run.checkpoint)
     done = steps - _step_of(resumed)
     tokens = done * config.train.rows * config.train.accumulation * corpus_tokens_per_row(rows)

@@ -39,6 +39,10 @@ def check(model: BlockDiffusionModel, request: Request) -> None:
             f"the prompt has {len(request.prompt)} tokens and the model's context holds {model.context_length}: "
             "shorten the prompt"
         )
+    if request.block_size > model.context_length:
+        raise ValueError(
+            f"block size {request.block_size} does not fit the model's context of {model.context_length} tokens"
+        )
     if request.block_size > 1 and not model.spec.is_diffusion:
         raise ValueError(
             f"block size {request.block_size}: this is a plain autoregressive checkpoint, which decodes at block size "

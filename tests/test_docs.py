@@ -1,0 +1,118 @@
+"""Every command and every printed result in README and docs is run here."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from conftest import write_corpus
+
+from blockdiff.model import load_tokenizer
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# what a reader replaces by their own, and what stands in for it here; training commands also get a small budget
+STAND_INS = {"Qwen/Qwen3-0.6B": "my-model", "../shared/models/stories260K": "my-model"}
+BUDGET = "--set train.steps=2 --set train.tokens=null --set train.minutes=null --set data.length=64 --set train.rows=2"
+ELSEWHERE = (
+    "make ",
+    "git clone",
+    "pip install",
+    "python -m venv",
+    "benchmarks/",
+)  # run by CI, or by hand: see the page
+
+
+def blocks(language: str) -> list:
+    found = []
+    for page in PAGES:
+        for number, match in enumerate(
+            re.finditer(rf"```{language}\n(.*?)```(?:\n```text\n(.*?)```)?", page.read_text(), re.S)
+        ):
+            found.append(pytest.param(page, match, id=f"{page.stem}-{number}"))
+    return found
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "```python" in page.read_text()], ids=lambda page: page.stem
+)
+def test_python_examples_print_what_is_shown(page, trained, tmp_path, monkeypatch):
+    workspace(tmp_path, trained)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for match in re.finditer(r"```python\n(.*?)```(?:\n```text\n(.*?)```)?", page.read_text(), re.S):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(match.group(1), names)
+        if match.group(2) is not None:
+            assert printed.getvalue() == match.group(2)
+
+
+def workspace(folder: Path, trained: Path) -> None:
+    """The files that the pages speak of: a model, a run, texts and chats."""
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    shutil.copytree(trained, folder / "runs" / "demo")
+    shutil.copytree(trained, folder / "runs" / "adapt" / "before")
+    tokenizer = load_tokenizer(trained / "checkpoint")
+    assert tokenizer is not None
+    network = tiny.backbone("qwen3", dtype=torch.float32, vocab_size=len(tokenizer), max_position_embeddings=512)
+    network.save_pretrained(folder / "my-model")
+    tokenizer.save_pretrained(folder / "my-model")
+    train, valid = write_corpus(folder)
+    train.rename(folder / "my-text.jsonl")
+    valid.rename(folder / "my-valid.jsonl")
+    row = {"prompt": "the cat sat on", "completion": " the mat ."}
+    (folder / "my-pairs.jsonl").write_text((json.dumps(row) + "\n") * 8)
+
+
+def test_commands_run(trained, tmp_path):
+    """In order, page by page, in one folder, as a reader would."""
+    workspace(tmp_path, trained)
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    ran = 0
+    for page in PAGES:
+        for match in re.finditer(r"```bash\n(.*?)```", page.read_text(), re.S):
+            for line in match.group(1).replace("\\\n", " ").splitlines():
+                command = line.split("  #")[0].strip()
+                if not command or command.startswith("#") or any(word in command for word in ELSEWHERE):
+                    continue
+                for name, stand_in in STAND_INS.items():
+                    command = command.replace(name, stand_in)
+                if command.startswith("blockdiff train"):
+                    command += f" {BUDGET} --overwrite"
+                if command.startswith("blockdiff demo"):
+                    command += " --minutes 0.02"
+                done = subprocess.run(
+                    command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True
+                )
+                assert done.returncode == 0, f"{page.name}: {command}\n{done.stderr}"
+                ran += 1
+    assert ran >= 8
+
+
+def test_make_demo_is_the_demo(tmp_path):
+    """`make demo`, with a small budget."""
+    done = subprocess.run(
+        ["make", "demo", f"DEMO={tmp_path}/demo", "DEMO_OPTIONS=--minutes 0.02"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "demo" / "report.html").exists()
+
+
+def test_the_tests_that_pages_name_exist():
+    for page in PAGES:
+        for file, name in re.findall(r"`(test_\w+\.py)::(test_\w+)`", page.read_text()):
+            assert f"def {name}(" in (ROOT / "tests" / file).read_text(), f"{page.name}: {file}::{name}"
