@@ -136,7 +136,6 @@ def test_documents_beyond_the_trained_length_are_scored_in_windows():
     ids, total = torch.tensor(document.ids.astype(int)), 0.0
     with torch.no_grad():
         model.backbone.set_attn_implementation("sdpa")
-        model._read = None
         for piece in _pieces(model, [document], 1, 0):
             window = ids[piece.origin : piece.origin + len(piece.document)]
             logits = model.backbone(input_ids=window[None]).logits[0]

@@ -86,7 +86,6 @@ def test_block_size_one_is_plain_ar_decoding():
     model = with_tokenizer("shift", "clean", "context_causal")
     got = generate(model, [Request((5, 9, 11), 20, 1)])[0]
     model.backbone.set_attn_implementation("sdpa")
-    model._read = None
     ids = torch.tensor([[5, 9, 11]])
     with torch.no_grad():
         for _ in range(20):

@@ -77,7 +77,6 @@ def ar_loss(model: BlockDiffusionModel, ids: Tensor, prompt: int) -> Tensor:
     """transformers' own next-token loss of the scored tokens, by its own attention; [MASK] cannot be predicted."""
     ours = model.backbone.config._attn_implementation
     model.backbone.set_attn_implementation("sdpa")
-    model._read = None
     logits = model.backbone(input_ids=ids[None]).logits[0].clone()
     model.backbone.set_attn_implementation(ours)
     logits[:, model.spec.mask_id] = -torch.inf

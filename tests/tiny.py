@@ -127,7 +127,6 @@ def native_denoise(bridge: BlockDiffusionModel) -> Denoise:
     def denoise(ids: Tensor, positions: Tensor, sees: Tensor) -> Tensor:
         ours = bridge.backbone.config._attn_implementation
         bridge.backbone.set_attn_implementation("sdpa")
-        bridge._read = None
         try:
             logits = bridge.backbone(
                 input_ids=ids[None], position_ids=positions[None], attention_mask=sees[None, None], use_cache=False

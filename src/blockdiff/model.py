@@ -176,16 +176,19 @@ class BlockDiffusionModel(nn.Module):
         the head runs only where somebody looks. past holds earlier clean tokens; with `keep` the tokens of this pass
         join it (a commit), otherwise it is left as it was. Returns [R, V] (or [B * T, V]); the [MASK] column is -inf.
         """
-        self._read = read
         key = tokens if past is None or past.tokens is None else TokenMap.cat(past.tokens, tokens)
         visibility = Visibility(tokens, key, self.spec.clean_context, self.windows)
-        output = self.backbone(
-            input_ids=ids,
-            position_ids=tokens.position,
-            past_key_values=None if past is None else past.cache,
-            use_cache=past is not None,
-            visibility=visibility,
-        )
+        self._read = read
+        try:
+            output = self.backbone(
+                input_ids=ids,
+                position_ids=tokens.position,
+                past_key_values=None if past is None else past.cache,
+                use_cache=past is not None,
+                visibility=visibility,
+            )
+        finally:
+            self._read = None
         if past is not None:
             if keep:
                 past.tokens = key
@@ -241,7 +244,7 @@ def attach(
         raise ValueError("this model is attached already: use the BlockDiffusionModel it is part of")
     model = model_class(backbone, tokenizer, spec, implementation)
     try:
-        model.notes = probe(model, native)
+        model.notes = probe(model)
     except Exception:
         backbone.set_attn_implementation(native)
         raise

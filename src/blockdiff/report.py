@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -46,8 +45,8 @@ def write(run: Path) -> Path:
     parts = [
         f"<h1>{html.escape(run.resolve().name)}</h1>",
         _summary(results),
-        _losses(metrics),
-        _bounds(results),
+        _losses(metrics, run / "figures" / "training.png"),
+        _bounds(results, run / "figures" / "bounds.png"),
         _speed(results),
         _samples(results),
         _preformatted("What a training pass sees", _text(run / "results" / "mask.txt")),
@@ -116,7 +115,7 @@ def _grid(row: dict[str, Any]) -> str:
     return f"block size {row['block_size']}" + (f", offset {row['offset']}" if row["offset"] else "")
 
 
-def _losses(metrics: Rows) -> str:
+def _losses(metrics: Rows, file: Path) -> str:
     points = [m for m in metrics if "loss" in m]
     if len(points) < 2:
         return ""
@@ -133,10 +132,10 @@ def _losses(metrics: Rows) -> str:
         )
     axes.set(xlabel="step", ylabel="nats per token")
     axes.legend()
-    return f"<h2>Training</h2>{_image(figure, 'Loss per token of the training noise and layouts, by step')}"
+    return f"<h2>Training</h2>{_image(figure, 'Loss per token of the training noise and layouts, by step', file)}"
 
 
-def _bounds(results: dict[str, Any]) -> str:
+def _bounds(results: dict[str, Any], file: Path) -> str:
     rows = [row for row in results.get("bound", {}).get("rows", []) if row["offset"] == 0]
     if len(rows) < 2:
         return ""
@@ -155,7 +154,7 @@ def _bounds(results: dict[str, Any]) -> str:
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.set(xlabel="block size", ylabel="perplexity (upper bound)")
     axes.legend()
-    return _image(figure, "Perplexity bound against block size, one model, with 95 % intervals")
+    return _image(figure, "Perplexity bound against block size, one model, with 95 % intervals", file)
 
 
 def _speed(results: dict[str, Any]) -> str:
@@ -216,10 +215,11 @@ def _figure() -> tuple[Any, Any]:
     return figure, axes
 
 
-def _image(figure: Any, caption: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    encoded = base64.b64encode(buffer.getvalue()).decode()
+def _image(figure: Any, caption: str, file: Path) -> str:
+    """The figure inside the page, and beside it as a file for use elsewhere."""
+    file.parent.mkdir(exist_ok=True)
+    figure.savefig(file, format="png", dpi=120)
+    encoded = base64.b64encode(file.read_bytes()).decode()
     words = html.escape(caption)
     image = f"<img alt='{words}' src='data:image/png;base64,{encoded}'>"
     return f"<figure>{image}<figcaption>{words}</figcaption></figure>"
