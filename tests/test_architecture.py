@@ -15,9 +15,9 @@ ROOT = Path(blockdiff.__file__).parent
 # each layer may import the ones before it; modules of one layer as listed in SIDEWAYS only
 LAYERS = [
     {"rng", "files", "runtime", "layout", "distributions", "noise", "masks", "objectives", "reference", "decode"},
-    {"attention", "probe", "model", "data", "tokenizer", "config", "progress"},
+    {"attention", "model", "probe", "loading", "data", "tokenizer", "config", "progress"},
     {"trainer", "engine", "evaluate", "explain"},
-    {"training", "api", "report", "demo", "cli", "__main__"},
+    {"building", "training", "api", "report", "demo", "cli", "__main__"},
 ]
 MATH = {"rng", "layout", "distributions", "noise", "masks", "objectives", "reference", "decode"}
 

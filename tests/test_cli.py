@@ -104,7 +104,7 @@ def test_steps_can_be_watched(trained, capsys):
 
 
 def test_a_plain_ar_checkpoint_can_be_measured_and_decoded(trained, tmp_path, capsys):
-    from blockdiff.model import load_tokenizer
+    from blockdiff.loading import load_tokenizer
 
     network = tiny.backbone("llama", dtype=torch.float32, vocab_size=320)
     network.save_pretrained(tmp_path / "ar")

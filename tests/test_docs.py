@@ -17,7 +17,7 @@ import tiny
 import torch
 from conftest import write_corpus
 
-from blockdiff.model import load_tokenizer
+from blockdiff.loading import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -11,8 +11,9 @@ import torch
 from blockdiff.attention import UnsupportedModel
 from blockdiff.distributions import ScaleMixture
 from blockdiff.layout import Layout, TokenMap
+from blockdiff.loading import attach, load
 from blockdiff.masks import Visibility
-from blockdiff.model import Past, Spec, attach, load
+from blockdiff.model import Past, Spec
 from blockdiff.noise import ExactCount
 from blockdiff.objectives import Alignment, block_numbers, maskable, score, two_streams
 from blockdiff.tokenizer import train_tokenizer

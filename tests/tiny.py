@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from blockdiff.layout import Layout, TokenMap
+from blockdiff.loading import attach
 from blockdiff.masks import CleanContext
-from blockdiff.model import BlockDiffusionModel, Spec, attach
+from blockdiff.model import BlockDiffusionModel, Spec
 from blockdiff.objectives import Alignment
 from blockdiff.reference import Denoise
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from blockdiff import evaluate, model, training
+from blockdiff import evaluate, loading, training
 from blockdiff.attention import Implementation
+from blockdiff.building import encoder_of
 from blockdiff.config import RunConfig, load_config, make_config
 from blockdiff.data import BadRows, Document, read_corpus
 from blockdiff.decode import POLICIES, Policy, Sampling
@@ -77,14 +78,14 @@ def load(
 ) -> Model:
     """Load a blockdiff checkpoint, or any Hugging Face AR decoder (block size 1 only). CUDA where there is one."""
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.load(path, dtype=dtype, device=where, implementation=implementation, model_class=Model)
+    return loading.load(path, dtype=dtype, device=where, implementation=implementation, model_class=Model)
 
 
 def documents_of(
     bridge: BlockDiffusionModel, texts: Sequence[str] | str | Path, bad_rows: BadRows = "error"
 ) -> list[Document]:
     """Documents as training makes them, from a list of texts or from a data file."""
-    encoder = training.encoder_of(bridge)
+    encoder = encoder_of(bridge)
     if isinstance(texts, str | Path):
         return read_corpus(texts, encoder, bad_rows).documents
     names = [f"text {number}" for number in range(1, len(texts) + 1)]

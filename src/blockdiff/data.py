@@ -175,6 +175,13 @@ def read_rows(
         )
 
 
+def texts_of(row: dict[str, Any]) -> list[str]:
+    """Every text in a row of any kind (for training a tokenizer)."""
+    turns = row["messages"] if isinstance(row.get("messages"), list) else [row]
+    found = [turn.get(key) for turn in turns for key in ("text", "prompt", "completion", "content")]
+    return [text for text in found if isinstance(text, str)]
+
+
 def cut(documents: Iterable[Document], length: int) -> tuple[list[Document], int]:
     """Documents of at most `length` tokens, and how many had to be changed.
 
@@ -228,6 +235,11 @@ class PackedRows(Dataset[list[Document]]):
 
     def __getitem__(self, index: int) -> list[Document]:
         return self.rows[index]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all rows, padding not counted."""
+        return sum(len(document) for row in self.rows for document in row)
 
 
 def collate(rows: Sequence[Sequence[Document]]) -> dict[str, Tensor]:

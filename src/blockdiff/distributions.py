@@ -27,6 +27,7 @@ class LayoutDistribution(ABC):
     """Draws block starts for spans, and knows its own table of configurations."""
 
     kind: str
+    __pydantic_config__ = FORBID_EXTRA
 
     @abstractmethod
     def draw(self, lengths: Tensor, generator: Generator) -> Tensor:
@@ -58,7 +59,6 @@ class Fixed(LayoutDistribution):
     size: int
     offset: int = 0
     kind: Literal["fixed"] = "fixed"
-    __pydantic_config__ = FORBID_EXTRA
 
     def __post_init__(self) -> None:
         _check_size(self.size)
@@ -83,7 +83,6 @@ class RandomOffset(LayoutDistribution):
 
     size: int
     kind: Literal["random_offset"] = "random_offset"
-    __pydantic_config__ = FORBID_EXTRA
 
     def __post_init__(self) -> None:
         _check_size(self.size)
@@ -106,7 +105,6 @@ class Mixture(LayoutDistribution):
 
     shares: dict[int, float]
     kind: Literal["mixture"] = "mixture"
-    __pydantic_config__ = FORBID_EXTRA
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shares", _normalised("mixture", self.shares))
@@ -126,12 +124,10 @@ class Mixture(LayoutDistribution):
 
 
 @dataclass(frozen=True)
-class Uniform(LayoutDistribution):
-    """Independent block lengths 1..`max_size`, every size with the same share of the tokens."""
+class _IndependentLengths(LayoutDistribution):
+    """Independent block lengths 1..`max_size`, each drawn with a weight of its own."""
 
     max_size: int
-    kind: Literal["uniform"] = "uniform"
-    __pydantic_config__ = FORBID_EXTRA
 
     def __post_init__(self) -> None:
         _check_size(self.max_size)
@@ -140,39 +136,42 @@ class Uniform(LayoutDistribution):
     def largest_named(self) -> int:
         return self.max_size
 
-    def _lengths(self) -> Tensor:
-        return 1.0 / torch.arange(1, self.max_size + 1, dtype=torch.float64)
+    @property
+    @abstractmethod
+    def token_weights(self) -> Tensor:
+        """Share of the tokens that blocks of size 1..max_size have in a long text, up to a factor."""
+
+    @property
+    def _length_weights(self) -> Tensor:
+        return self.token_weights / torch.arange(1, self.max_size + 1, dtype=torch.float64)
 
     def draw(self, lengths: Tensor, generator: Generator) -> Tensor:
-        return _renewal_draw(self._lengths(), lengths, generator)
+        return _renewal_draw(self._length_weights, lengths, generator)
 
     def configurations(self, length: int) -> Tensor:
-        return _renewal_table(self._lengths(), length)
+        return _renewal_table(self._length_weights, length)
 
 
 @dataclass(frozen=True)
-class LogUniform(LayoutDistribution):
-    """Independent block lengths 1..`max_size`, every octave of sizes with about the same share of the tokens."""
+class Uniform(_IndependentLengths):
+    """Independent block lengths 1..`max_size`, every size with the same share of the tokens."""
 
-    max_size: int
-    kind: Literal["log_uniform"] = "log_uniform"
-    __pydantic_config__ = FORBID_EXTRA
-
-    def __post_init__(self) -> None:
-        _check_size(self.max_size)
+    kind: Literal["uniform"] = "uniform"
 
     @property
-    def largest_named(self) -> int:
-        return self.max_size
+    def token_weights(self) -> Tensor:
+        return torch.ones(self.max_size, dtype=torch.float64)
 
-    def _lengths(self) -> Tensor:
-        return torch.arange(1, self.max_size + 1, dtype=torch.float64) ** -2
 
-    def draw(self, lengths: Tensor, generator: Generator) -> Tensor:
-        return _renewal_draw(self._lengths(), lengths, generator)
+@dataclass(frozen=True)
+class LogUniform(_IndependentLengths):
+    """Independent block lengths 1..`max_size`, every octave of sizes with about the same share of the tokens."""
 
-    def configurations(self, length: int) -> Tensor:
-        return _renewal_table(self._lengths(), length)
+    kind: Literal["log_uniform"] = "log_uniform"
+
+    @property
+    def token_weights(self) -> Tensor:
+        return 1 / torch.arange(1, self.max_size + 1, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,6 @@ class Geometric(LayoutDistribution):
 
     mean: float
     kind: Literal["geometric"] = "geometric"
-    __pydantic_config__ = FORBID_EXTRA
 
     def __post_init__(self) -> None:
         if self.mean < 1:
@@ -207,7 +205,6 @@ class ScaleMixture(LayoutDistribution):
     max_size: int
     atoms: dict[int, float] = field(default_factory=dict)
     kind: Literal["scale_mixture"] = "scale_mixture"
-    __pydantic_config__ = FORBID_EXTRA
 
     def __post_init__(self) -> None:
         _check_size(self.max_size)
@@ -248,7 +245,6 @@ class Full(LayoutDistribution):
     """One block over the whole span: masked diffusion (MDLM, LLaDA)."""
 
     kind: Literal["full"] = "full"
-    __pydantic_config__ = FORBID_EXTRA
 
     def draw(self, lengths: Tensor, generator: Generator) -> Tensor:
         starts = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.bool, device=lengths.device)
@@ -264,7 +260,6 @@ class AR(LayoutDistribution):
     """Blocks of one token: an autoregressive model."""
 
     kind: Literal["ar"] = "ar"
-    __pydantic_config__ = FORBID_EXTRA
 
     def draw(self, lengths: Tensor, generator: Generator) -> Tensor:
         return Fixed(1).draw(lengths, generator)

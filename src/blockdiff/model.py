@@ -2,7 +2,7 @@
 
 What the bridge adds to a checkpoint is a [MASK] row in the embedding, an attention function that obeys `Visibility`
 (`blockdiff.attention`), and `block_diffusion.json` beside the weights, which says how the model was trained so that
-decoding cannot silently do something else. `attach` and `load` run the capability probe (`blockdiff.probe`).
+decoding cannot silently do something else. `blockdiff.loading` makes such models.
 
 Shapes: B rows, T tokens of the pass, R rows of logits that are read, V vocabulary.
 """
@@ -10,15 +10,14 @@ Shapes: B rows, T tokens of the pass, R rows of logits that are read, V vocabula
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from blockdiff import distributions, noise
 from blockdiff.attention import NAMES, Implementation, UnsupportedModel
@@ -26,7 +25,6 @@ from blockdiff.files import replace_directory
 from blockdiff.layout import TokenMap
 from blockdiff.masks import CleanContext, Visibility
 from blockdiff.objectives import Alignment
-from blockdiff.probe import probe
 
 SPEC_FILE = "block_diffusion.json"
 FORMAT = 1
@@ -217,149 +215,6 @@ class BlockDiffusionModel(nn.Module):
             return None
         hidden, *rest = inputs
         return (hidden.flatten(0, 1)[self._read][None], *rest)
-
-
-M = TypeVar("M", bound=BlockDiffusionModel)
-
-
-def attach(
-    backbone: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    spec: Spec | None = None,
-    add_mask: bool = True,
-    implementation: Implementation = "sdpa",
-    model_class: type[M] = BlockDiffusionModel,  # type: ignore[assignment]
-) -> M:
-    """Make a block diffusion model of a decoder, and probe that it obeys the mask.
-
-    With `add_mask` (and no mask id in `spec`) the model gets a [MASK] row; without, it stays the AR model it was.
-    Raises UnsupportedModel for a model without attention we can steer, naming the layers.
-    """
-    spec = spec or Spec()
-    if spec.mask_id is None and add_mask:
-        spec = replace(spec, mask_id=_add_mask_row(backbone, tokenizer))
-    native = backbone.config._attn_implementation
-    if native in NAMES.values():
-        raise ValueError("this model is attached already: use the BlockDiffusionModel it is part of")
-    model = model_class(backbone, tokenizer, spec, implementation)
-    try:
-        model.notes = probe(model)
-    except Exception:
-        backbone.set_attn_implementation(native)
-        raise
-    return model
-
-
-def load(
-    path: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-    add_mask: bool = False,
-    implementation: Implementation = "sdpa",
-    model_class: type[M] = BlockDiffusionModel,  # type: ignore[assignment]
-) -> M:
-    """Load a checkpoint: one of ours, or any AR decoder.
-
-    An AR decoder has block size 1 only, until it is trained; `add_mask` gives it the [MASK] row to train with.
-
-    Raises FileNotFoundError for a missing path and UnsupportedModel for pickled weights or a foreign architecture.
-    """
-    local = Path(path)
-    if local.exists() or not _looks_like_hub_name(local):
-        _check_directory(local)
-    try:
-        spec_file = cached_file(str(path), SPEC_FILE, _raise_exceptions_for_missing_entries=False)
-        backbone = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", use_safetensors=True)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{path}: neither a model directory here nor a model that can be fetched ({str(error).splitlines()[0]})"
-        ) from error
-    model = attach(
-        backbone.to(device).eval(),
-        load_tokenizer(path),
-        spec=Spec.from_json(Path(spec_file)) if spec_file else None,
-        add_mask=add_mask,
-        implementation=implementation,
-        model_class=model_class,
-    )
-    if not spec_file and not add_mask:
-        model.spec = replace(model.spec, trained_length=model.context_length)
-    return model
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer saved with a checkpoint, or None where there is none."""
-    if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):
-        return None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-    return tokenizer
-
-
-def from_architecture(
-    architecture: dict[str, Any], vocabulary: int, seed: int, **special: int | None
-) -> PreTrainedModel:
-    """A freshly initialised decoder: `architecture` is `{"type": "llama", ...}` with transformers' own config keys."""
-    settings = dict(architecture)
-    kind = settings.pop("type", None)
-    try:
-        config = AutoConfig.for_model(kind, vocab_size=vocabulary, **settings, **special)
-        state = torch.random.get_rng_state()
-        torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-        torch.random.set_rng_state(state)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UnsupportedModel(f"model.architecture {architecture}: {error}") from error
-    return model
-
-
-def _add_mask_row(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """An embedding row for [MASK]: the tokenizer's own, a reserved row beyond the tokenizer, or a new one.
-
-    Rows that no text uses may have decayed to nothing and then make training explode (LLaDA 2.0), so the row starts at
-    the mean embedding plus a tenth of the embeddings' spread as noise. The tokenizer never learns a name for the new
-    token: text that spells it stays text.
-    """
-    rows = int(backbone.get_input_embeddings().weight.shape[0])
-    if tokenizer is not None and tokenizer.mask_token_id is not None:
-        return int(tokenizer.mask_token_id)
-    if tokenizer is not None and len(tokenizer) < rows:
-        mask_id = len(tokenizer)
-    else:
-        mask_id = rows
-        backbone.resize_token_embeddings(rows + 1, mean_resizing=False)
-    used = torch.arange(rows) if mask_id >= rows else torch.arange(mask_id)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for embedding in (backbone.get_input_embeddings(), backbone.get_output_embeddings()):
-            weight = embedding.weight
-            known = weight[used.to(weight.device)].float()
-            fresh = torch.randn(known.shape[1], generator=generator).to(weight.device)
-            weight[mask_id] = (known.mean(0) + 0.1 * known.std(0) * fresh).to(weight.dtype)
-            if backbone.get_output_embeddings().weight is backbone.get_input_embeddings().weight:
-                break
-    return mask_id
-
-
-def _check_directory(path: Path) -> None:
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such model directory; give a Hugging Face directory or a hub name")
-    if not (path / "config.json").exists():
-        raise UnsupportedModel(f"{path}: no config.json; give a Hugging Face model directory")
-    if not any(path.glob("*.safetensors")):
-        pickles = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
-        if pickles:
-            raise UnsupportedModel(
-                f"{path}: {pickles[0].name} is a pickle, which can run code when it is read; "
-                "save the model as safetensors (save_pretrained does) and try again"
-            )
-        raise UnsupportedModel(f"{path}: no .safetensors weights")
-
-
-def _looks_like_hub_name(path: Path) -> bool:
-    """owner/name or name: at most two parts, the first of them no directory here."""
-    return len(path.parts) <= 2 and not str(path).startswith((".", "/", "~")) and not Path(path.parts[0]).is_dir()
 
 
 def _kind(backbone: PreTrainedModel) -> str:

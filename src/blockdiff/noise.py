@@ -47,6 +47,7 @@ class Noise(ABC):
     """A way of corrupting blocks, as a pure function of uniform numbers."""
 
     kind: str
+    __pydantic_config__ = FORBID_EXTRA
 
     @property
     @abstractmethod
@@ -69,7 +70,6 @@ class ExactCount(Noise):
     """k uniform in 1..n, then exactly k random tokens of the block; weight n/k."""
 
     kind: Literal["exact_count"] = "exact_count"
-    __pydantic_config__ = FORBID_EXTRA
 
     @property
     def is_bound(self) -> bool:
@@ -96,7 +96,6 @@ class Bernoulli(Noise):
     schedule: Literal["linear", "cosine", "log_linear"] = "linear"
     t_min: float = 1e-3
     kind: Literal["bernoulli"] = "bernoulli"
-    __pydantic_config__ = FORBID_EXTRA
 
     def __post_init__(self) -> None:
         if self.schedule not in ("linear", "cosine", "log_linear"):
@@ -132,7 +131,6 @@ class Clipped(Noise):
     low: float
     high: float
     kind: Literal["clipped"] = "clipped"
-    __pydantic_config__ = FORBID_EXTRA
 
     def __post_init__(self) -> None:
         if not 0 < self.low <= self.high <= 1:

@@ -6,9 +6,10 @@ trainer/ (resumable checkpoints) and report.html.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -16,17 +17,16 @@ import torch
 import yaml
 from torch import Generator
 from transformers import TrainerCallback, TrainingArguments
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from blockdiff import data, model
+from blockdiff import data
+from blockdiff.building import build_model, encoder_of, training_rows, validation_corpus
 from blockdiff.config import ConfigError, RunConfig
-from blockdiff.data import Corpus, Encoder, PackedRows
+from blockdiff.data import Corpus, PackedRows
 from blockdiff.evaluate import BoundRow, bound
 from blockdiff.explain import draw_example
 from blockdiff.files import write_json, write_text
-from blockdiff.model import BlockDiffusionModel, Spec
+from blockdiff.model import BlockDiffusionModel
 from blockdiff.runtime import record, use_available_threads
-from blockdiff.tokenizer import train_tokenizer
 from blockdiff.trainer import BlockDiffusionTrainer, MetricsFile, Objective, last_checkpoint
 
 Say = Callable[[str], None]
@@ -57,6 +57,13 @@ class RunDirectory:
     def result(self, name: str) -> Path:
         return self.path / "results" / f"{name}.json"
 
+    def clear(self) -> None:
+        """Remove what an earlier run left, so that nothing of it is taken for the new one's."""
+        for name in ("trainer", "results", "figures", "checkpoint"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in ("metrics.jsonl", "plan.yaml", "report.html"):
+            (self.path / name).unlink(missing_ok=True)
+
 
 def train(
     config: RunConfig,
@@ -74,12 +81,13 @@ def train(
     use_available_threads()
     run = RunDirectory(Path(config.output))
     resumed = _prepare(run, config, resume, overwrite)
-    bridge, tokenizer = build_model(config)
-    corpus, rows = _rows(config, bridge, tokenizer)
+    bridge = build_model(config)
+    encoder = encoder_of(bridge)
+    corpus, rows = training_rows(config, encoder)
     say(f"data: {corpus.summary()} -> {len(rows)} rows of {config.data.length}")
     for note in bridge.notes:
         say(f"model: {note}")
-    valid = _validation(config, bridge, tokenizer)
+    valid = validation_corpus(config, encoder)
     objective = Objective(config.layout, config.noise, config.objective.weighting, config.objective.ar_weight)
     steps = _steps(run, config, bridge, objective, rows, resumed)
     picture = draw_example(config.layout, bridge.spec.alignment, bridge.spec.clean_context, config.seed)
@@ -103,7 +111,7 @@ def train(
         return run
     bridge.save(run.checkpoint)
     done = steps - _step_of(resumed)
-    tokens = done * config.train.rows * config.train.accumulation * corpus_tokens_per_row(rows)
+    tokens = done * config.train.rows * config.train.accumulation * rows.tokens / len(rows)
     write_json(
         run.result("train"),
         record(
@@ -115,78 +123,6 @@ def train(
     return run
 
 
-def build_model(config: RunConfig) -> tuple[BlockDiffusionModel, PreTrainedTokenizerBase]:
-    """The model that the config starts from, ready to be trained as the config says."""
-    settings = config.model
-    bridge: BlockDiffusionModel
-    wants_mask = config.layout.kind != "ar"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if settings.init is not None:
-        bridge = model.load(
-            settings.init,
-            dtype=getattr(torch, settings.dtype),
-            device=device,
-            add_mask=wants_mask,
-            implementation=settings.attention,
-        )
-        _agree(bridge.spec, config)
-        tokenizer = model.load_tokenizer(settings.tokenizer) if settings.tokenizer else bridge.tokenizer
-    else:
-        assert settings.architecture is not None
-        tokenizer = model.load_tokenizer(settings.tokenizer) if settings.tokenizer else _new_tokenizer(config)
-        if tokenizer is None:
-            raise ConfigError(f"model.tokenizer: {settings.tokenizer} holds no tokenizer")
-        backbone = model.from_architecture(
-            settings.architecture,
-            vocabulary=len(tokenizer) + 1,  # one row more, for [MASK]
-            seed=config.seed,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=None,
-        )
-        backbone = backbone.to(device=device, dtype=getattr(torch, settings.dtype))
-        bridge = model.attach(backbone, tokenizer, add_mask=wants_mask, implementation=settings.attention)
-    if tokenizer is None:
-        raise ConfigError(f"model.init: {settings.init} holds no tokenizer; name one with model.tokenizer")
-    bridge.tokenizer = tokenizer
-    causal = settings.clean_context == "context_causal"
-    bridge.spec = replace(
-        bridge.spec,
-        clean_context=settings.clean_context,
-        alignment=settings.alignment,
-        layout=config.layout,
-        noise=config.noise,
-        trained_length=config.data.length,
-        ar_trained=causal and (config.objective.ar_weight > 0 or config.layout.kind == "ar"),
-    )
-    if config.data.length > bridge.context_length:
-        raise ConfigError(
-            f"data.length: {config.data.length} tokens do not fit the model's context of {bridge.context_length}"
-        )
-    return bridge, tokenizer
-
-
-def encoder_of(bridge: BlockDiffusionModel, end_token: str | None = None) -> Encoder:
-    """How this model's documents are made: its tokenizer, and the token that ends them.
-
-    Raises ConfigError where the tokenizer lacks the end token, or none is known.
-    """
-    if bridge.tokenizer is None:
-        raise ConfigError("the model has no tokenizer: save one beside it, or name one with model.tokenizer")
-    if end_token is not None:
-        found = bridge.tokenizer.convert_tokens_to_ids(end_token)
-        if found is None or found == bridge.tokenizer.unk_token_id != bridge.tokenizer.convert_tokens_to_ids("<unk>"):
-            found = bridge.tokenizer.get_vocab().get(end_token)
-        if found is None:
-            raise ConfigError(f"data.end_token: the tokenizer has no token {end_token!r}")
-        return Encoder(bridge.tokenizer, int(found), (int(found), *bridge.end_ids))
-    if not bridge.end_ids:
-        raise ConfigError(
-            "neither the model nor its tokenizer names an end token, so no document could end; set data.end_token"
-        )
-    return Encoder(bridge.tokenizer, bridge.end_ids[0], bridge.end_ids)
-
-
 def measure(
     run: RunDirectory, bridge: BlockDiffusionModel, valid: Corpus, sizes: list[int], *, draws: int, seed: int
 ) -> list[BoundRow]:
@@ -195,10 +131,6 @@ def measure(
     rows = bound(bridge, valid.documents, sizes, draws=draws, seed=seed)
     write_json(run.result("bound"), record("eval bound", seed, rows=[row.to_json() for row in rows]))
     return rows
-
-
-def corpus_tokens_per_row(rows: PackedRows) -> float:
-    return sum(len(document) for row in rows.rows for document in row) / len(rows.rows)
 
 
 def _prepare(run: RunDirectory, config: RunConfig, resume: bool, overwrite: bool) -> Path | None:
@@ -215,6 +147,8 @@ def _prepare(run: RunDirectory, config: RunConfig, resume: bool, overwrite: bool
     else:
         found = None
     try:
+        if found is None:
+            run.clear()
         run.trainer.mkdir(parents=True, exist_ok=True)
         write_text(run.config, config.dump())
     except OSError as error:
@@ -233,52 +167,6 @@ def _difference(saved: object, config: RunConfig) -> str | None:
         return None if a == b else place
 
     return walk(saved, now, "")
-
-
-def _agree(spec: Spec, config: RunConfig) -> None:
-    """A checkpoint that is a block diffusion model already keeps its way of reading tokens."""
-    if not spec.trained_length:  # an AR decoder that we have just given a [MASK] row
-        return
-    for key, kept, asked in (
-        ("prediction", spec.alignment.prediction, config.model.prediction),
-        ("boundary", spec.alignment.boundary, config.model.boundary),
-    ):
-        if kept != asked and (key == "prediction" or spec.alignment.shift):
-            raise ConfigError(f"model.{key}: the checkpoint {config.model.init} was trained with {kept}, not {asked}")
-
-
-def _new_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    paths = [config.data.train] if isinstance(config.data.train, str) else config.data.train
-
-    def texts() -> list[str]:
-        found = []
-        for path in paths:
-            for _, row in data.read_rows(Path(path), config.data.bad_rows):
-                turns = row["messages"] if isinstance(row.get("messages"), list) else [row]
-                found += [
-                    str(v)
-                    for turn in turns
-                    for k, v in turn.items()
-                    if k in ("text", "prompt", "completion", "content")
-                ]
-        return found
-
-    return train_tokenizer(texts(), config.model.vocabulary)
-
-
-def _rows(
-    config: RunConfig, bridge: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Corpus, PackedRows]:
-    corpus = data.read_corpus(config.data.train, encoder_of(bridge, config.data.end_token), config.data.bad_rows)
-    corpus.documents = corpus.documents[: config.data.limit]
-    pieces, _ = data.cut(corpus.documents, config.data.length)
-    return corpus, PackedRows(data.pack(pieces, config.data.length))
-
-
-def _validation(config: RunConfig, bridge: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase) -> Corpus | None:
-    if config.data.valid is None:
-        return None
-    return data.read_corpus(config.data.valid, encoder_of(bridge, config.data.end_token), config.data.bad_rows)
 
 
 def _validator(config: RunConfig, valid: Corpus | None) -> Callable[[BlockDiffusionModel], dict[str, float]] | None:
@@ -312,7 +200,7 @@ def _steps(
     if budget.steps is not None:
         steps = budget.steps
     elif budget.tokens is not None:
-        steps = max(1, round(budget.tokens / (passes * corpus_tokens_per_row(rows))))
+        steps = max(1, round(budget.tokens / (passes * rows.tokens / len(rows))))
     else:
         assert budget.minutes is not None
         steps = max(

@@ -1,0 +1,143 @@
+"""What a configuration starts from: the model, its tokenizer, and the data in rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from blockdiff import data, loading
+from blockdiff.config import ConfigError, ModelConfig, RunConfig
+from blockdiff.data import Corpus, Encoder, PackedRows
+from blockdiff.model import BlockDiffusionModel, Spec
+from blockdiff.tokenizer import train_tokenizer
+
+
+def build_model(config: RunConfig) -> BlockDiffusionModel:
+    """The model that the config starts from, with its tokenizer, ready to be trained as the config says."""
+    bridge = _from_checkpoint(config) if config.model.init is not None else _from_scratch(config)
+    if bridge.tokenizer is None:
+        raise ConfigError(f"model.init: {config.model.init} holds no tokenizer; name one with model.tokenizer")
+    if config.data.end_token is not None:
+        _set_end_token(bridge, bridge.tokenizer, config.data.end_token)
+    if config.data.length > bridge.context_length:
+        raise ConfigError(
+            f"data.length: {config.data.length} tokens do not fit the model's context of {bridge.context_length}"
+        )
+    causal = config.model.clean_context == "context_causal"
+    bridge.spec = replace(
+        bridge.spec,
+        clean_context=config.model.clean_context,
+        alignment=config.model.alignment,
+        layout=config.layout,
+        noise=config.noise,
+        trained_length=config.data.length,
+        ar_trained=causal and (config.objective.ar_weight > 0 or config.layout.kind == "ar"),
+    )
+    return bridge
+
+
+def encoder_of(bridge: BlockDiffusionModel) -> Encoder:
+    """How this model's documents are made: its tokenizer, and the token that ends them.
+
+    Raises ConfigError where there is no tokenizer or no end token is known.
+    """
+    if bridge.tokenizer is None:
+        raise ConfigError("the model has no tokenizer: save one beside it, or name one with model.tokenizer")
+    if not bridge.end_ids:
+        raise ConfigError(
+            "neither the model nor its tokenizer names an end token, so no document could end; set data.end_token"
+        )
+    return Encoder(bridge.tokenizer, bridge.end_ids[0], bridge.end_ids)
+
+
+def training_rows(config: RunConfig, encoder: Encoder) -> tuple[Corpus, PackedRows]:
+    """The training documents, and the same cut to the row length and packed."""
+    corpus = data.read_corpus(config.data.train, encoder, config.data.bad_rows)
+    corpus.documents = corpus.documents[: config.data.limit]
+    pieces, _ = data.cut(corpus.documents, config.data.length)
+    return corpus, PackedRows(data.pack(pieces, config.data.length))
+
+
+def validation_corpus(config: RunConfig, encoder: Encoder) -> Corpus | None:
+    """The validation documents, where the config names some."""
+    if config.data.valid is None:
+        return None
+    return data.read_corpus(config.data.valid, encoder, config.data.bad_rows)
+
+
+def _from_checkpoint(config: RunConfig) -> BlockDiffusionModel:
+    settings = config.model
+    assert settings.init is not None
+    bridge: BlockDiffusionModel = loading.load(
+        settings.init,
+        dtype=getattr(torch, settings.dtype),
+        device=_device(),
+        add_mask=config.layout.kind != "ar",
+        implementation=settings.attention,
+    )
+    _agree(bridge.spec, settings)
+    if settings.tokenizer is not None:
+        bridge.tokenizer = loading.load_tokenizer(settings.tokenizer)
+    return bridge
+
+
+def _from_scratch(config: RunConfig) -> BlockDiffusionModel:
+    settings = config.model
+    assert settings.architecture is not None
+    tokenizer = loading.load_tokenizer(settings.tokenizer) if settings.tokenizer else _new_tokenizer(config)
+    if tokenizer is None:
+        raise ConfigError(f"model.tokenizer: {settings.tokenizer} holds no tokenizer")
+    backbone = loading.from_architecture(
+        settings.architecture,
+        vocabulary=len(tokenizer) + 1,  # one row more, for [MASK]
+        seed=config.seed,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+    )
+    return loading.attach(
+        backbone.to(device=_device(), dtype=getattr(torch, settings.dtype)),
+        tokenizer,
+        add_mask=config.layout.kind != "ar",
+        implementation=settings.attention,
+    )
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _agree(spec: Spec, settings: ModelConfig) -> None:
+    """A checkpoint that is a block diffusion model already keeps its way of reading tokens."""
+    if not spec.trained_length:  # an AR decoder that we have just given a [MASK] row
+        return
+    for key, kept, asked in (
+        ("prediction", spec.alignment.prediction, settings.prediction),
+        ("boundary", spec.alignment.boundary, settings.boundary),
+    ):
+        if kept != asked and (key == "prediction" or spec.alignment.shift):
+            raise ConfigError(f"model.{key}: the checkpoint {settings.init} was trained with {kept}, not {asked}")
+
+
+def _set_end_token(bridge: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, token: str) -> None:
+    """Make `token` the one that ends documents, in training and, through the checkpoint, in decoding."""
+    found = tokenizer.get_vocab().get(token)
+    if found is None:
+        raise ConfigError(f"data.end_token: the tokenizer has no token {token!r}")
+    bridge.backbone.generation_config.eos_token_id = [found, *(other for other in bridge.end_ids if other != found)]
+
+
+def _new_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """A tokenizer trained on the training files."""
+    paths = [config.data.train] if isinstance(config.data.train, str) else config.data.train
+
+    def texts() -> Iterator[str]:
+        for path in paths:
+            for _, row in data.read_rows(Path(path), config.data.bad_rows):
+                yield from data.texts_of(row)
+
+    return train_tokenizer(texts(), config.model.vocabulary)
