@@ -18,7 +18,7 @@ from rich.console import Console
 from blockdiff import report
 from blockdiff.api import Model, documents_of, load
 from blockdiff.config import RunConfig, make_config
-from blockdiff.decode import POLICIES
+from blockdiff.decode import Policy
 from blockdiff.engine import Output, Request, generate
 from blockdiff.engine.request import pieces
 from blockdiff.evaluate import bound, unigram
@@ -35,7 +35,7 @@ _ARCHITECTURE = {
     "type": "llama",
     "hidden_size": 128,
     "intermediate_size": 352,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
@@ -116,7 +116,7 @@ def _ar_config(out: Path, minutes: float, seed: int) -> RunConfig:
             "seed": seed,
             "model": {"architecture": _ARCHITECTURE, "vocabulary": 1024},
             "data": {"train": str(out / "data" / "train.jsonl"), "length": _LENGTH},
-            "train": {"minutes": 0.4 * minutes, "rows": 8, "learning_rate": 3e-3, "weight_decay": 0.1, "log_every": 20},
+            "train": {"minutes": 0.4 * minutes, "rows": 4, "learning_rate": 3e-3, "weight_decay": 0.1, "log_every": 20},
         },
         "demo",
     )
@@ -133,7 +133,7 @@ def _diffusion_config(out: Path, ar_run: RunDirectory, minutes: float, seed: int
             "objective": {"ar_weight": 0.5},
             "train": {
                 "minutes": 0.6 * minutes,
-                "rows": 8,
+                "rows": 4,
                 "learning_rate": 1.5e-3,
                 "weight_decay": 0.1,
                 "log_every": 20,
@@ -157,7 +157,8 @@ def _generate(model: Model, seed: int, repeats: int = 5) -> tuple[list[dict[str,
     ways = {
         "AR (block size 1)": Request(block_size=1, **shared),
         "block size 8, threshold 0.9": Request(block_size=8, **shared),
-        "block size 8, 4 tokens a step": Request(block_size=8, policy=_fixed(4), **shared),
+        "block size 8, threshold 0.5": Request(block_size=8, policy=Policy(threshold=0.5), **shared),
+        "block size 8, 4 tokens a step": Request(block_size=8, policy=Policy(threshold=None, per_step=4), **shared),
     }
     outputs: dict[str, list[Output]] = {name: [] for name in ways}
     for _ in range(repeats + 1):
@@ -187,12 +188,3 @@ def _generate(model: Model, seed: int, repeats: int = 5) -> tuple[list[dict[str,
 
 def _median(runs: list[Output], measure: Callable[[Output], float]) -> float:
     return median(map(measure, runs))
-
-
-def _fixed(per_step: int) -> Any:
-    from dataclasses import replace
-
-    return replace(POLICIES["fixed_count"], per_step=per_step)
-
-
-__all__ = ["BLOCK_SIZES", "run_demo", "write_data"]
