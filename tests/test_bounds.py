@@ -103,7 +103,7 @@ def test_standard_errors_are_those_of_a_ratio_over_documents():
 def test_offsets_shorten_the_first_block():
     model = tiny.model("gpt_neox")
     documents = random_documents([15, 22])
-    rows = bound(model, documents, [1, 4], offsets=[0, 1, 3, 6], exact=True)
+    rows = bound(model, documents, [1, 4], offsets=[0, 1, 3], exact=True)
     assert [(row.block_size, row.offset) for row in rows] == [(1, 0), (4, 0), (4, 1), (4, 3)]
     values = {round(row.nats_per_token, 9) for row in rows}
     assert len(values) == 4
@@ -153,6 +153,7 @@ def test_documents_beyond_the_trained_length_are_scored_in_windows():
         ({"block_sizes": [40]}, "block size 40 is longer than the data: the longest document scores 11 tokens"),
         ({"block_sizes": []}, "give at least one block size"),
         ({"block_sizes": [4], "offsets": [-1]}, "offsets of 0 or more"),
+        ({"block_sizes": [2, 4], "offsets": [0, 4]}, "offset 4 shortens no block"),
         ({"block_sizes": [4], "draws": 0}, "draws is 0; give 1 or more"),
         ({"block_sizes": [4], "documents": []}, "there are no documents to score"),
     ],

@@ -84,18 +84,20 @@ def bound(
     draws: int = 8,
     exact: bool = False,
     seed: int = 0,
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
     on_progress: Callable[[float], None] | None = None,
 ) -> list[BoundRow]:
     """Bounds of the documents at every block size and offset.
 
-    An offset o shortens the first block to o tokens. Offsets that repeat another grid (0 < o and o >= the block size)
-    are left out. Raises ValueError for a block size the documents or the model cannot have.
+    An offset o shortens the first block to o tokens; a block size is measured at the offsets below it. batch_tokens
+    bounds the two-stream tokens of a pass (default: 8192, fewer for a large vocabulary). Raises ValueError for a block
+    size or an offset that the documents or the model cannot have.
     """
     _check(model, documents, block_sizes, offsets, draws, exact)
     plan = [(size, offset) for size in block_sizes for offset in offsets if offset == 0 or offset < size]
     rows: list[BoundRow] = []
     first: tuple[Tensor, Tensor] | None = None
+    room = batch_tokens or min(8192, 2**28 // model.vocabulary)
     was_training = model.training
     model.eval()
     for done, (size, offset) in enumerate(plan):
@@ -105,7 +107,7 @@ def bound(
             if on_progress is not None:
                 on_progress((done + part) / len(plan))
 
-        measured = _Measurement(model, size, offset, draws, exact, seed).run(pieces, batch_tokens, report)
+        measured = _Measurement(model, size, offset, draws, exact, seed).run(pieces, room, report)
         sums, counts = measured.by_cluster(len(documents))
         if first is None:
             first = sums, counts
@@ -369,5 +371,7 @@ def _check(
             )
     if not block_sizes or any(offset < 0 for offset in offsets) or not offsets:
         raise ValueError("give at least one block size, and offsets of 0 or more")
+    if max(offsets) and max(offsets) >= max(block_sizes):
+        raise ValueError(f"offset {max(offsets)} shortens no block: give offsets below the largest block size")
     if draws < 1:
         raise ValueError(f"draws is {draws}; give 1 or more")
