@@ -20,6 +20,7 @@ app = typer.Typer(
     help="Train, adapt, measure, decode and serve block diffusion language models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    add_completion=False,
     rich_markup_mode="rich",
 )
 evaluations = typer.Typer(help="Measure a model, with standard errors.", no_args_is_help=True)
@@ -202,14 +203,14 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
         out.print(__version__)
         raise typer.Exit
-
-
-def main() -> None:
-    """Run the command line; turns the errors of bad input into one line and exit code 2."""
     from blockdiff.runtime import quiet_libraries, use_available_threads
 
     use_available_threads()
     quiet_libraries()
+
+
+def main() -> None:
+    """Run the command line; turns the errors of bad input into one line and exit code 2."""
     try:
         code = app(standalone_mode=False)
     except typer.Abort:
@@ -264,7 +265,7 @@ def _stream(number: int, piece: str) -> None:
 
 
 class _StepPrinter:
-    """Shows the open blocks: decided tokens as text, masks as dots."""
+    """Shows the open blocks: decided tokens as text, masks as shaded cells."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
