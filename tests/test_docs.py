@@ -22,7 +22,12 @@ from blockdiff.loading import load_tokenizer
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # what a reader replaces by their own, and what stands in for it here; training commands also get a small budget
-STAND_INS = {"Qwen/Qwen3-0.6B": "my-model", "../shared/models/stories260K": "my-model"}
+STAND_INS = {
+    "Qwen/Qwen3-0.6B": "my-model",
+    "../shared/models/stories260K": "my-model",
+    "../shared/data/stories-synthetic/train.jsonl.gz": "my-text.jsonl",
+    "../shared/data/stories-synthetic/valid.jsonl.gz": "my-valid.jsonl",
+}
 BUDGET = "--set train.steps=2 --set train.tokens=null --set train.minutes=null --set data.length=64 --set train.rows=2"
 ELSEWHERE = (
     "make ",

@@ -136,6 +136,8 @@ def _losses(metrics: Rows, file: Path) -> str:
 
 
 def _bounds(results: dict[str, Any], file: Path) -> str:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     rows = [row for row in results.get("bound", {}).get("rows", []) if row["offset"] == 0]
     if len(rows) < 2:
         return ""
@@ -152,7 +154,11 @@ def _bounds(results: dict[str, Any], file: Path) -> str:
         axes.axhline(row["ppl"], ls="--", lw=1, color=f"C{number + 1}", label=row["name"])
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.set(xlabel="block size", ylabel="perplexity (upper bound)")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel="block size", ylabel="perplexity (upper bound), log scale")
     axes.legend()
     return _image(figure, "Perplexity bound against block size, one model, with 95 % intervals", file)
 
