@@ -35,6 +35,7 @@ WAYS = {
     "low threshold": (Policy("confidence", 0.05, 1), Sampling(0.9, top_p=0.9)),
     "fixed count": (POLICIES["fixed_count"], Sampling(1.0, top_k=7)),
     "random order": (POLICIES["random_order"], Sampling(1.0)),
+    "left-biased order": (Policy("random", None, 1, left_bias=0.8), Sampling(1.0)),
 }
 
 
@@ -58,10 +59,13 @@ def uncached(model: BlockDiffusionModel, request: Request, blocks: int) -> list[
         tokens, probability = propose(logits[None], uniform(request.seed, place, _TOKEN), sampling)
         if step == 0:
             return {0: int(tokens[0, 0])}
-        score = uniform(request.seed, place, step, _ORDER) if policy.score == "random" else probability
+        score = probability
+        if policy.score == "random":
+            gumbel = -(-uniform(request.seed, place, step, _ORDER).log()).log()
+            score = gumbel - policy.left_bias * torch.arange(len(logits))
         open_places = torch.zeros(1, len(logits), dtype=torch.bool)
         open_places[0, masked] = True
-        limit = torch.tensor([2.0 if policy.threshold is None else policy.threshold])
+        limit = torch.tensor([torch.inf if policy.threshold is None else policy.threshold])
         now = fill(score, open_places, limit, torch.tensor([policy.per_step]))[0].nonzero()[:, 0].tolist()
         return {i: int(tokens[0, i]) for i in now}
 
@@ -120,11 +124,12 @@ def test_a_requests_tokens_do_not_depend_on_its_batch(conventions):
     assert len({tuple(output.tokens) for output in together}) == len(requests)
 
 
-def test_the_sampled_law_is_the_one_that_is_scored():
-    """Random order at temperature 1 draws each block with exactly its exact likelihood, over all 25 outcomes."""
+@pytest.mark.parametrize("left_bias", [0.0, 1.5])
+def test_the_sampled_law_is_the_one_that_is_scored(left_bias):
+    """A random order at temperature 1 draws each block with exactly its exact likelihood, over all 25 outcomes."""
     model = tiny.model("gpt_neox", "same", vocab_size=5, pad_token_id=0)
     model.tokenizer = train_tokenizer([TEXT], 300)
-    slow = Reference(tiny.native_denoise(model), 5, model.spec.alignment)
+    slow = Reference(tiny.native_denoise(model), 5, model.spec.alignment, left_bias=left_bias)
     with torch.no_grad():
         law = {
             pair: math.exp(-float(slow.random_order_nll(Block((1, 2), (1, 1), pair))))
@@ -132,7 +137,8 @@ def test_the_sampled_law_is_the_one_that_is_scored():
         }
     assert sum(law.values()) == pytest.approx(1, abs=1e-9)
     count = 4000
-    requests = [Request((1, 2), 2, 2, POLICIES["random_order"], Sampling(1.0), seed) for seed in range(count)]
+    policy = replace(POLICIES["random_order"], left_bias=left_bias)
+    requests = [Request((1, 2), 2, 2, policy, Sampling(1.0), seed) for seed in range(count)]
     drawn = [tuple(output.tokens) for output in generate(model, requests)]
     chi = sum((drawn.count(pair) - count * p) ** 2 / (count * p) for pair, p in law.items())
     assert chi < 24 + 5 * math.sqrt(2 * 24)  # 24 degrees of freedom

@@ -6,6 +6,7 @@ gpt_neox has rotary positions and, unlike the RMSNorm families, no rounding to f
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -200,14 +201,15 @@ def test_noise_averages_to_the_enumerated_bound(prediction, boundary):
     assert abs(losses[: copies // 2].mean() - expected - 0.5) > 4 * error  # twin: half a nat off would be seen
 
 
+@pytest.mark.parametrize("left_bias", [0.0, 0.7])
 @pytest.mark.parametrize(("prediction", "boundary"), CONVENTIONS)
-def test_exact_mode_equals_the_reference_and_the_bound_is_above_the_nll(prediction, boundary):
+def test_exact_mode_equals_the_reference_and_the_bound_is_above_the_nll(prediction, boundary, left_bias):
     model = tiny.model("gpt_neox", prediction, boundary)
-    slow = reference(model)
+    slow = replace(reference(model), left_bias=left_bias)
     ids = torch.randint(3, tiny.VOCABULARY, (9,), generator=torch.Generator().manual_seed(6))
     layout = Layout(2, (3, 3, 1))
     document = Document(ids.numpy().astype("int32"), (torch.arange(9) < 2).numpy(), "test")
-    row = bound(model, [document], [3], exact=True)[0]
+    row = bound(model, [document], [3], exact=True, left_bias=left_bias)[0]
     with torch.no_grad():
         nelbo = float(slow.document(ids.tolist(), layout, slow.nelbo))
         nll = float(slow.document(ids.tolist(), layout, slow.random_order_nll))
@@ -215,6 +217,21 @@ def test_exact_mode_equals_the_reference_and_the_bound_is_above_the_nll(predicti
     assert row.nll_nats is not None
     assert row.nll_nats * 7 == pytest.approx(nll, abs=1e-8)
     assert nll < nelbo - 1e-4
+    drawn = bound(model, [document], [3], draws=400, left_bias=left_bias)[0]
+    assert drawn.se_mc is not None
+    assert abs(drawn.nats_per_token * 7 - nelbo) < 4 * drawn.se_mc * 7
+    other = bound(model, [document], [3], exact=True, left_bias=left_bias + 0.5)[0]
+    assert (other.nats_per_token, other.nll_nats) != pytest.approx((row.nats_per_token, row.nll_nats), abs=1e-6)
+
+
+def test_the_bound_is_the_mean_over_reveal_orders():
+    """The definition, by all orders, against the sum over mask sets; other orders are other bounds."""
+    model = tiny.model("gpt_neox", "same")
+    block = Block((5, 9), (1, 1), (7, 3, 11))
+    with torch.no_grad():
+        uniform_order, biased = reference(model), replace(reference(model), left_bias=0.7)
+        assert float(uniform_order.nelbo(block)) == pytest.approx(float(uniform_order.order_average(block)), abs=1e-10)
+        assert float(biased.nelbo(block)) != pytest.approx(float(uniform_order.nelbo(block)), abs=1e-4)
 
 
 def test_random_order_nll_equals_brute_force_over_all_orders():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockdiff import noise
-from blockdiff.noise import Bernoulli, Clipped, ExactCount, rank_in_block, stratified, subset
+from blockdiff.noise import Bernoulli, Clipped, ExactCount, left_masked, rank_in_block, stratified, subset
 from blockdiff.rng import uniform
 
 ragged = st.lists(st.integers(1, 9), min_size=1, max_size=30)
@@ -31,7 +31,7 @@ def test_exact_count_masks_exactly_k_of_each_block(sizes, seed):
     assert masked.tolist() == per_block.tolist()
     assert (per_block >= 1).all()
     assert (per_block <= torch.tensor(sizes)).all()
-    torch.testing.assert_close(draw.weight, draw.size / draw.count.double())
+    torch.testing.assert_close(draw.weight[draw.masked], (draw.size / draw.count.double())[draw.masked])
 
 
 def test_counts_are_uniform_and_places_are_uniform():
@@ -47,6 +47,33 @@ def test_a_block_of_one_is_always_masked_with_weight_one():
     draw = ExactCount().draw(blocks_of([1] * 50), torch.Generator().manual_seed(0))
     assert draw.masked.all()
     assert (draw.weight == 1).all()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.6, 40.0])
+def test_a_left_biased_order_leaves_each_mask_set_as_often_as_it_should(beta):
+    n, copies = 4, 60000
+    draw = ExactCount(beta).draw(blocks_of([n] * copies), torch.Generator().manual_seed(0))
+    masked = draw.masked.view(copies, n)
+    which = (masked.long() << torch.arange(n)).sum(1)
+    seen = torch.bincount(which, minlength=2**n).double() / copies
+    torch.testing.assert_close(seen[1:], left_masked(n, beta)[1:] / n, atol=0.006, rtol=0)  # k is uniform in 1..n
+    assert (seen[1:] - left_masked(n, beta + 0.5)[1:] / n).abs().max() > 0.006 or beta == 40
+    pull = torch.exp(-beta * torch.arange(n).double())
+    expected = n * pull / (pull * masked).sum(1, keepdim=True)
+    torch.testing.assert_close(draw.weight.view(copies, n)[masked], expected[masked])
+    if beta == 40:  # left to right: what is masked is a suffix, and its first slot has all the weight
+        assert set(which.tolist()) == {0b1000, 0b1100, 0b1110, 0b1111}
+
+
+def test_a_mixture_of_orders_draws_each_with_its_share_and_keeps_the_strata():
+    law = ExactCount({0: 1, 40.0: 3})
+    draw = law.draw(blocks_of([4] * 40000), torch.Generator().manual_seed(0))
+    counts = torch.bincount(draw.count.view(-1, 4)[:, 0], minlength=5)[1:]
+    assert (counts - 10000).abs().max() <= 2
+    masked = draw.masked.view(-1, 4)
+    suffix = (masked.long().diff(dim=1) >= 0).all(1).double()
+    at_random = (1 / 4) * (1 / 4 + 1 / 6 + 1 / 4 + 1)  # uniform order: the suffix among C(4, k) sets
+    assert suffix.mean() == pytest.approx(0.75 + 0.25 * at_random, abs=0.01)
 
 
 def test_strata_are_even_and_shuffled():
@@ -125,7 +152,18 @@ def test_bernoulli_and_clipped_rates():
     assert draw.masked.double().mean() == pytest.approx(1 - 2 / math.pi, abs=0.01)
 
 
-@pytest.mark.parametrize("law", [ExactCount(), Bernoulli(), Bernoulli("cosine", 0.01), Clipped(0.2, 0.9)], ids=repr)
+@pytest.mark.parametrize(
+    "law",
+    [
+        ExactCount(),
+        ExactCount(0.5),
+        ExactCount({0.0: 0.5, 1.5: 0.5}),
+        Bernoulli(),
+        Bernoulli("cosine", 0.01),
+        Clipped(0.2, 0.9),
+    ],
+    ids=repr,
+)
 def test_descriptions_are_read_back(law):
     assert noise.from_dict(json.loads(json.dumps(noise.to_dict(law)))) == law
 
@@ -133,6 +171,8 @@ def test_descriptions_are_read_back(law):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: ExactCount(-1), "left_bias -1 must be 0"),
+        (lambda: ExactCount({0.5: 0}), "needs positive shares"),
         (lambda: Clipped(0.9, 0.2), "must satisfy 0 < low <= high"),
         (lambda: Bernoulli("sigmoid"), "schedule 'sigmoid' is unknown"),
         (lambda: Bernoulli("linear", 1.0), r"t_min 1.0 must lie in \[0, 1\)"),

@@ -100,11 +100,19 @@ def bound(
     offsets: Sequence[int] = (0,),
     draws: int = 8,
     exact: bool = False,
+    left_bias: float = 0.0,
     seed: int = 0,
 ) -> list[BoundRow]:
-    """Bounds on the NLL of texts (or of a data file) at each block size, with standard errors."""
+    """Bounds on the NLL of texts (or of a data file) at each block size, with standard errors (`evaluate.bound`)."""
     return evaluate.bound(
-        bridge, documents_of(bridge, texts), block_sizes, offsets=offsets, draws=draws, exact=exact, seed=seed
+        bridge,
+        documents_of(bridge, texts),
+        block_sizes,
+        offsets=offsets,
+        draws=draws,
+        exact=exact,
+        left_bias=left_bias,
+        seed=seed,
     )
 
 

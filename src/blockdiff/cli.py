@@ -93,6 +93,7 @@ def generate(
     policy: Annotated[str, typer.Option(help="threshold, fixed_count or random_order.")] = "threshold",
     threshold: Annotated[float | None, typer.Option(help="Fill every position at least this certain.")] = None,
     per_step: Annotated[int | None, typer.Option(help="Fill at least this many positions a step.")] = None,
+    left_bias: Annotated[float | None, typer.Option(help="Left bias of a random order; 0: uniform.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw from the k most likely tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw from the smallest set with this probability; 1: all.")] = 1.0,
@@ -108,11 +109,8 @@ def generate(
     from blockdiff.decode import Sampling
     from blockdiff.runtime import record
 
-    chosen = named_policy(policy)
-    if threshold is not None:
-        chosen = replace(chosen, threshold=threshold)
-    if per_step is not None:
-        chosen = replace(chosen, per_step=per_step)
+    own = {"threshold": threshold, "per_step": per_step, "left_bias": left_bias}
+    chosen = replace(named_policy(policy), **{name: value for name, value in own.items() if value is not None})
     sampling = Sampling(temperature, top_k, top_p)
     model = _load(path)
     single = len(prompt) == 1
@@ -155,6 +153,7 @@ def eval_bound(
     offsets: Annotated[str, typer.Option(help="Comma-separated offsets of the first block's end.")] = "0",
     draws: Annotated[int, typer.Option(help="Noise draws of each document.", min=1)] = 8,
     exact: Annotated[bool, typer.Option("--exact", help="Enumerate the masks of small blocks instead.")] = False,
+    left_bias: Annotated[float, typer.Option(help="Left bias of the reveal order; 0: uniform.", min=0.0)] = 0.0,
     limit: Annotated[int | None, typer.Option(help="Score only the first so many documents.", min=1)] = None,
     skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave unusable rows out.")] = False,
     seed: Seed = 0,
@@ -180,6 +179,7 @@ def eval_bound(
             offsets=shifts,
             draws=draws,
             exact=exact,
+            left_bias=left_bias,
             seed=seed,
             on_progress=lambda done: bar.update(task, completed=done),
         )

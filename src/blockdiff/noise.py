@@ -12,6 +12,12 @@ exact count (default)   k ~ U{1..n}, exactly k random tokens masked, weight n/k.
 Bernoulli(t)            t ~ U(t_min, 1), each token masked with probability m(t), weight m'(t)/m(t): the literature's
                         estimator, kept for comparison. `clipped` draws the rate from [low, high]: it is not a bound.
 
+Reveal order. The exact-count estimate bounds the sampler that reveals a block's tokens in uniformly random order.
+`left_bias` beta > 0 is another sampler: of the tokens still masked, slot i is revealed next with probability
+proportional to exp(-beta * i) (a Plackett-Luce order). With k ~ U{1..n} tokens still masked and weight
+n * a_i / sum of a over the masked, the estimate is a bound on the likelihood of *that* sampler; beta = 0 is (*), and
+beta -> infinity is left to right, the AR order. (Ours; proved in tests by enumeration.)
+
 Everything is ragged and flat: `block` [N] names the block of each maskable token (ascending, from 0), so blocks of any
 lengths are masked together by one sort.
 """
@@ -21,6 +27,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, is_dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -67,20 +74,47 @@ class Noise(ABC):
 
 @dataclass(frozen=True)
 class ExactCount(Noise):
-    """k uniform in 1..n, then exactly k random tokens of the block; weight n/k."""
+    """k uniform in 1..n, then exactly k tokens of the block, those that a random order reveals last.
 
+    left_bias: beta of the order; a mapping {beta: share} draws one for every block (blocks do not see one another's
+    noise, so this is a mixture per document with less variance).
+    """
+
+    left_bias: float | dict[float, float] = 0.0
     kind: Literal["exact_count"] = "exact_count"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.left_bias, dict):
+            shares = {float(beta): float(share) for beta, share in self.left_bias.items()}
+            if not shares or min(shares.values()) <= 0:
+                raise ValueError(f"noise exact_count: left_bias {self.left_bias} needs positive shares, one for a beta")
+            total = sum(shares.values())
+            object.__setattr__(self, "left_bias", {beta: share / total for beta, share in shares.items()})
+        if any(not 0 <= beta < math.inf for beta in self.biases):
+            raise ValueError(f"noise exact_count: left_bias {self.left_bias} must be 0 (uniform order) or more")
+
+    @property
+    def biases(self) -> dict[float, float]:
+        """Every beta with its share."""
+        return self.left_bias if isinstance(self.left_bias, dict) else {float(self.left_bias): 1.0}
 
     @property
     def is_bound(self) -> bool:
         return True
 
     def corrupt(self, block: Tensor, u_block: Tensor, u_token: Tensor) -> Corruption:
+        beta, u_block = self._biases_of(u_block)
         size = torch.bincount(block, minlength=len(u_block))
         count = torch.minimum((u_block * size).long() + 1, size)
-        masked = rank_in_block(block, u_token) < count[block]
-        size, count = size[block], count[block]
-        return Corruption(masked, size / count.double(), count, size)
+        return _last_revealed(block, count, beta, u_token)
+
+    def _biases_of(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """A beta for each number in (0, 1), and the number stretched back from the beta's stratum to (0, 1)."""
+        betas = torch.tensor(list(self.biases), dtype=torch.float64, device=u.device)
+        shares = torch.tensor(list(self.biases.values()), dtype=torch.float64, device=u.device)
+        above = shares.cumsum(0)
+        which = torch.searchsorted(above, u, right=True).clamp(max=len(betas) - 1)
+        return betas[which], ((u - (above - shares)[which]) / shares[which]).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -169,29 +203,77 @@ def stratified(count: int, generator: Generator) -> Tensor:
 
 
 def rank_in_block(block: Tensor, key: Tensor) -> Tensor:
-    """Rank of each token's key among the keys of its block, from 0: int64 [N]. block ascending, keys in (0, 1)."""
-    order = torch.argsort(block + key, stable=True)
+    """Rank of each token's key among the keys of its block, from 0: int64 [N]. block ascending, any real keys."""
+    order = torch.argsort(key, stable=True)
+    order = order[torch.argsort(block[order], stable=True)]
     before = torch.nn.functional.pad(torch.bincount(block), (1, 0)).cumsum(0)
     rank = torch.empty_like(block)
     rank[order] = torch.arange(len(block), device=block.device) - before[block]
     return rank
 
 
-def subset(block: Tensor, index: int) -> Corruption:
+def place_in_block(block: Tensor) -> Tensor:
+    """Place of each token among the maskable tokens of its block, from 0: int64 [N]. block ascending."""
+    before = torch.nn.functional.pad(torch.bincount(block), (1, 0)).cumsum(0)
+    return torch.arange(len(block), device=block.device) - before[block]
+
+
+def subset(block: Tensor, index: int, left_bias: float = 0.0) -> Corruption:
     """The mask set number `index` (bit j: the block's j-th maskable token) in every block at once.
 
-    Summed over index = 1 .. 2^n - 1, the weighted losses are exactly (*): the weight is 1 / (k * C(n, k)), and zero
-    in blocks too short to have that subset.
+    Summed over index = 1 .. 2^n - 1, the weighted losses are exactly the bound of the sampler with that `left_bias`:
+    the weight is P(exactly this set is left when k are) * a_i / sum of a over it, which is 1 / (k * C(n, k)) in uniform
+    order, and zero in blocks too short to have that subset.
     """
     size = torch.bincount(block)
-    place = rank_in_block(block, torch.full(block.shape, 0.5, dtype=torch.float64, device=block.device))
+    place = place_in_block(block)
     masked = (torch.full_like(block, index) >> place.clamp(max=62)) & 1 == 1
+    masked &= index < 2.0 ** size[block]
     count = torch.zeros_like(size).index_add(0, block, masked.long())
-    k, n = count[block].double(), size[block].double()
-    ways = torch.exp(torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)).round()
-    exists = index < 2.0**n
-    weight = torch.where(exists & (k > 0), 1 / (k * ways).clamp(min=1), 0.0)
-    return Corruption(masked & exists, weight, count[block], size[block])
+    left = torch.zeros(len(size), dtype=torch.float64, device=block.device)
+    for n in size.unique().tolist():
+        if index < 2**n:
+            left[size == n] = float(left_masked(n, left_bias)[index])
+    weight = left[block] * _share_of_masked(block, masked, torch.full_like(left, left_bias))
+    return Corruption(masked, weight, count[block], size[block])
+
+
+@lru_cache(maxsize=64)
+def left_masked(n: int, left_bias: float) -> Tensor:
+    """P(exactly the set M is still masked when |M| tokens are) under the order with `left_bias`: float64 [2^n].
+
+    Bit j of the index is slot j. P(full) = 1 and P(M) = sum over i not in M of P(M + i) a_i / sum of a over M + i.
+    """
+    pull = [math.exp(-left_bias * slot) for slot in range(n)]
+    chance = [0.0] * (2**n - 1) + [1.0]
+    for larger in range(2**n - 1, 0, -1):  # a set before its subsets
+        slots = [i for i in range(n) if larger >> i & 1]
+        total = sum(pull[i] for i in slots)
+        for i in slots:
+            chance[larger ^ (1 << i)] += chance[larger] * pull[i] / total
+    return torch.tensor(chance, dtype=torch.float64)
+
+
+def _last_revealed(block: Tensor, count: Tensor, beta: Tensor, u_token: Tensor) -> Corruption:
+    """Mask the `count` [blocks] tokens that a Plackett-Luce order with `beta` [blocks] reveals last.
+
+    The order is an exponential race: slot i comes after -log(u_i) / a_i.
+    """
+    wait = (-u_token.log()).log() + beta[block] * place_in_block(block)
+    masked = rank_in_block(block, -wait) < count[block]
+    size = torch.bincount(block, minlength=len(count))[block]
+    return Corruption(masked, size * _share_of_masked(block, masked, beta), count[block], size)
+
+
+def _share_of_masked(block: Tensor, masked: Tensor, beta: Tensor) -> Tensor:
+    """a_i / sum of a over the masked tokens of the block, for masked tokens i (0 for others): float64 [N]."""
+    place = place_in_block(block)
+    first = torch.full_like(beta, torch.inf).scatter_reduce(
+        0, block, torch.where(masked, place.double(), torch.inf), "amin"
+    )
+    pull = torch.where(masked, torch.exp(-beta[block] * (place - first[block])), 0.0)
+    total = torch.zeros_like(beta).index_add(0, block, pull)
+    return pull / total[block].clamp(min=1e-300)
 
 
 def _independent(block: Tensor, rate: Tensor, weight: Tensor, u_token: Tensor) -> Corruption:

@@ -192,8 +192,7 @@ def _weights(corruption: Corruption, weighting: Weighting) -> Tensor:
     if weighting == "ce":
         return torch.ones_like(corruption.weight)
     table = torch.tensor([0.0, *weighting], dtype=torch.float64, device=corruption.weight.device)
-    per_count = table[corruption.count.clamp(max=len(table) - 1)]
-    return per_count * corruption.size / corruption.count.clamp(min=1)
+    return table[corruption.count.clamp(max=len(table) - 1)] * corruption.weight
 
 
 def _noisy_stream(tokens: TokenMap, alignment: Alignment) -> tuple[Tensor, TokenMap]:

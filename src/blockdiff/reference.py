@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
-from math import comb
+from itertools import combinations, permutations
+from math import comb, exp, log
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class Reference:
     mask_id: int
     alignment: Alignment = Alignment()  # noqa: RUF009 - frozen
     clean_context: CleanContext = "context_causal"
+    left_bias: float = 0.0  # of the reveal order; 0: uniform
 
     def losses(self, block: Block, masked: Sequence[int]) -> dict[int, Tensor]:
         """-log f of each masked place (0 = the block's first token), given the prefix and the unmasked tokens."""
@@ -98,6 +99,8 @@ class Reference:
 
     def nelbo(self, block: Block) -> Tensor:
         """The block's bound by enumeration: sum over k of (1/k) mean over |M| = k of the masked losses."""
+        if self.left_bias:
+            return self.order_average(block)
         places = self.places(block)
         total = torch.zeros((), dtype=torch.float64) + self.first_loss(block)
         for k in range(1, len(places) + 1):
@@ -106,10 +109,26 @@ class Reference:
                 total = total + loss / (k * comb(len(places), k))
         return total
 
-    def random_order_nll(self, block: Block) -> Tensor:
-        """Exact -log p of the sampler that reveals one uniformly chosen token after another.
+    def order_average(self, block: Block) -> Tensor:
+        """The same bound, from its definition: the mean over reveal orders of the chain's loss."""
+        places = self.places(block)
+        total = torch.zeros((), dtype=torch.float64) + self.first_loss(block)
+        for order in permutations(places):
+            chance, loss = 1.0, torch.zeros((), dtype=torch.float64)
+            for at, i in enumerate(order):
+                chance *= self.reveal_chance(i, order[at:])
+                loss = loss + self.losses(block, order[at:])[i]
+            total = total + chance * loss
+        return total
 
-        P(S) = sum over i in S of P(S - i) f(x_i | x_{S - i}) / (n - |S| + 1), with S the revealed set.
+    def reveal_chance(self, i: int, masked: Sequence[int]) -> float:
+        """P(place i is revealed next): proportional to exp(-left_bias * i) among the masked places."""
+        return exp(-self.left_bias * i) / sum(exp(-self.left_bias * j) for j in masked)
+
+    def random_order_nll(self, block: Block) -> Tensor:
+        """Exact -log p of the sampler that reveals one random token after another, by `reveal_chance`.
+
+        P(S) = sum over i in S of P(S - i) f(x_i | x_{S - i}) P(i is next), with S the revealed set.
         """
         places = self.places(block)
         count = len(places)
@@ -117,9 +136,9 @@ class Reference:
         for revealed in range(count):
             reached: dict[frozenset[int], list[Tensor]] = {}
             for known in map(frozenset, combinations(places, revealed)):
-                losses = self.losses(block, [i for i in places if i not in known])
-                for i, loss in losses.items():
-                    step = log_p[known] - loss - torch.tensor(float(count - revealed)).double().log()
+                masked = [i for i in places if i not in known]
+                for i, loss in self.losses(block, masked).items():
+                    step = log_p[known] - loss + log(self.reveal_chance(i, masked))
                     reached.setdefault(known | {i}, []).append(step)
             log_p.update({known: torch.logsumexp(torch.stack(ways), 0) for known, ways in reached.items()})
         return self.first_loss(block) - log_p[frozenset(places)]

@@ -1,6 +1,6 @@
 """Decoding policies: pure tensor functions over rows and positions."""
 
-from blockdiff.decode.policy import POLICIES, Policy, fill
+from blockdiff.decode.policy import POLICIES, Policy, fill, random_order
 from blockdiff.decode.sampling import Sampling, SamplingBatch, propose
 
-__all__ = ["POLICIES", "Policy", "Sampling", "SamplingBatch", "fill", "propose"]
+__all__ = ["POLICIES", "Policy", "Sampling", "SamplingBatch", "fill", "propose", "random_order"]

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from blockdiff.decode import SamplingBatch, fill, propose
+from blockdiff.decode import SamplingBatch, fill, propose, random_order
 from blockdiff.engine.request import Output, Request, Step, TextStream
 from blockdiff.layout import TokenMap
 from blockdiff.model import BlockDiffusionModel, Past
@@ -107,8 +107,9 @@ class _Batch:
         self.random = self._column([r.policy.score == "random" for r in requests])
         self.per_step = self._column([r.policy.per_step for r in requests])
         self.threshold = torch.tensor(
-            [2.0 if r.policy.threshold is None else r.policy.threshold for r in requests], device=model.device
+            [torch.inf if r.policy.threshold is None else r.policy.threshold for r in requests], device=model.device
         )
+        self.left_bias = torch.tensor([r.policy.left_bias for r in requests], dtype=torch.float64, device=model.device)
         self.last = self._column([r.prompt[-1] for r in requests])
 
     def _column(self, values: list[int] | list[bool]) -> Tensor:
@@ -158,7 +159,7 @@ class _Batch:
         self.step += 1
         logits = self._block_logits()
         tokens, probability = propose(logits, self.u, self.sampling)
-        order = uniform(self.seed[:, None], self.place, self.step, _ORDER)
+        order = random_order(uniform(self.seed[:, None], self.place, self.step, _ORDER), self.slot, self.left_bias)
         score = torch.where(self.random[:, None], order, probability.double())
         now = fill(score, self.masked, self.threshold, self.per_step)
         self.ids = torch.where(now, tokens, self.ids)
@@ -260,7 +261,8 @@ class _Batch:
         kept = kept.to(self.model.device)
         if len(kept):
             self.past.select(kept)
-        for name in ("position", "seed", "random", "per_step", "threshold", "last", "size", "used", "place", "ids"):
+        columns = ("position", "seed", "random", "per_step", "threshold", "left_bias", "last", "size")
+        for name in (*columns, "used", "place", "ids"):
             setattr(self, name, getattr(self, name)[kept])
         self.sampling = self.sampling.select(kept)
 

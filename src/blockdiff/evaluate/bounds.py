@@ -27,7 +27,7 @@ from torch import Tensor
 from blockdiff.data import Document, collate
 from blockdiff.layout import Spans, TokenMap
 from blockdiff.model import BlockDiffusionModel
-from blockdiff.noise import Corruption, ExactCount, subset
+from blockdiff.noise import Corruption, ExactCount, place_in_block, subset
 from blockdiff.objectives import FIRST, Alignment, block_numbers, maskable, token_losses, two_streams
 from blockdiff.rng import uniform
 
@@ -42,7 +42,7 @@ class BoundRow:
     se: standard error, clustered by document (or by window where there is one document), None from a single cluster;
     se_mc: its Monte Carlo part (0 where there is none, None from a single draw). delta_nats: difference to the first
     row of the same call, paired by document, with its own standard error. nll_nats: exact NLL of the random-order
-    sampler (`exact` only). draws: noise draws of each document (0: nothing was random).
+    sampler (`exact` only). draws: noise draws of each document (0: nothing was random). left_bias: of the reveal order.
     """
 
     block_size: int
@@ -58,6 +58,7 @@ class BoundRow:
     documents: int
     estimator: str
     draws: int
+    left_bias: float = 0.0
     nll_nats: float | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -83,13 +84,15 @@ def bound(
     offsets: Sequence[int] = (0,),
     draws: int = 8,
     exact: bool = False,
+    left_bias: float = 0.0,
     seed: int = 0,
     batch_tokens: int | None = None,
     on_progress: Callable[[float], None] | None = None,
 ) -> list[BoundRow]:
     """Bounds of the documents at every block size and offset.
 
-    An offset o shortens the first block to o tokens; a block size is measured at the offsets below it. batch_tokens
+    An offset o shortens the first block to o tokens; a block size is measured at the offsets below it. left_bias is
+    that of the reveal order (`noise.ExactCount`): each value is the bound of its own sampler. batch_tokens
     bounds the two-stream tokens of a pass (default: 8192, fewer for a large vocabulary). Raises ValueError for a block
     size or an offset that the documents or the model cannot have.
     """
@@ -107,7 +110,7 @@ def bound(
             if on_progress is not None:
                 on_progress((done + part) / len(plan))
 
-        measured = _Measurement(model, size, offset, draws, exact, seed).run(pieces, room, report)
+        measured = _Measurement(model, size, offset, draws, exact, seed, left_bias).run(pieces, room, report)
         sums, counts = measured.by_cluster(len(documents))
         if first is None:
             first = sums, counts
@@ -139,8 +142,19 @@ def ratio(sums: Tensor, counts: Tensor) -> tuple[float, float | None]:
 class _Measurement:
     """One (block size, offset): passes over batches of pieces, and sums per draw and piece."""
 
-    def __init__(self, model: BlockDiffusionModel, size: int, offset: int, draws: int, exact: bool, seed: int) -> None:
+    def __init__(
+        self,
+        model: BlockDiffusionModel,
+        size: int,
+        offset: int,
+        draws: int,
+        exact: bool,
+        seed: int,
+        left_bias: float,
+    ) -> None:
         self.model, self.size, self.offset, self.seed, self.exact = model, size, offset, seed, exact
+        self.noise = ExactCount(left_bias)
+        self.left_bias = left_bias
         self.alignment: Alignment = model.spec.alignment.scoring()
         noisy = size - int(self.alignment.first_is_clean)
         self.noiseless = noisy <= 1  # a single place is always masked: nothing is random
@@ -171,7 +185,9 @@ class _Measurement:
         block = block_numbers(tokens, can)
         keys = self._keys(pieces, tokens, can, block)
         sums = torch.zeros(self.passes, len(pieces), dtype=torch.float64)
-        enumeration = _RandomOrder(block, tokens.doc[can], len(pieces)) if self.exact and not self.noiseless else None
+        enumeration = None
+        if self.exact and not self.noiseless:
+            enumeration = _RandomOrder(block, tokens.doc[can], len(pieces), self.left_bias)
         for number in range(self.passes):
             corruption = self._corruption(block, keys, number)
             stream = two_streams(ids, tokens, corruption, self.alignment, self.model.spec.mask_id or 0)
@@ -201,7 +217,7 @@ class _Measurement:
 
     def _corruption(self, block: Tensor, keys: tuple[Tensor, Tensor], number: int) -> Corruption:
         if self.exact and not self.noiseless:
-            return subset(block, number + 1)
+            return subset(block, number + 1, self.left_bias)
         document, position = keys
         first = torch.ones_like(block, dtype=torch.bool)
         first[1:] = block[1:] != block[:-1]
@@ -209,7 +225,7 @@ class _Measurement:
         # one uniform number for each block, moved by 1/draws from draw to draw: each draw is uniform, together they
         # are stratified
         u_block = (uniform(self.seed, document[first], position[first], _BLOCK) + number / self.passes) % 1.0
-        return ExactCount().corrupt(block, u_block, u_token)
+        return self.noise.corrupt(block, u_block, u_token)
 
     def by_cluster(self, documents: int) -> tuple[Tensor, Tensor]:
         """Sums [draws, clusters] and token counts [clusters]: clusters are documents, or windows of a single one."""
@@ -246,6 +262,7 @@ class _Measurement:
             documents=len({piece.index for piece in self.pieces}),
             estimator="exact_count" if random else "exact",
             draws=len(sums) if random else 0,
+            left_bias=self.left_bias,
             nll_nats=float(torch.cat(self.nll).sum() / counts.sum()) if self.nll else None,
         )
 
@@ -253,14 +270,14 @@ class _Measurement:
 class _RandomOrder:
     """Exact NLL of the random-order sampler for all blocks of a batch at once, from the enumerated losses.
 
-    log P(S) = logsumexp over i in S of [log P(S - i) + log f(x_i | x_{S - i})] - log(n - |S| + 1), S the revealed set.
+    log P(S) = logsumexp over i in S of [log P(S - i) + log f(x_i | x_{S - i}) + log P(i is next)], S the revealed set,
+    with P(i is next) = a_i / sum of a over what is masked, a_i = exp(-left_bias * slot).
     """
 
-    def __init__(self, block: Tensor, doc: Tensor, documents: int) -> None:
-        self.block, self.documents = block, documents
+    def __init__(self, block: Tensor, doc: Tensor, documents: int, left_bias: float) -> None:
+        self.block, self.documents, self.left_bias = block, documents, left_bias
         self.size = torch.bincount(block)
-        self.place = torch.arange(len(block), device=block.device)
-        self.place = self.place - torch.cumsum(torch.nn.functional.pad(self.size, (1, 0)), 0)[block]
+        self.place = place_in_block(block)
         self.widest = int(self.size.max()) if len(block) else 0
         shape = (len(self.size), 2**self.widest, self.widest)
         self.losses = torch.zeros(shape, dtype=torch.float64, device=block.device)
@@ -282,16 +299,19 @@ class _RandomOrder:
         """-log p summed over the blocks of each document: [documents]."""
         full = (1 << self.size) - 1
         rows = torch.arange(len(self.size), device=self.block.device)
+        slot = torch.arange(self.widest, device=self.block.device)
+        pull = torch.where(slot < self.size[:, None], -self.left_bias * slot.double(), -torch.inf)
         log_p = torch.full(self.losses.shape[:2], -torch.inf, dtype=torch.float64, device=self.block.device)
         log_p[:, 0] = 0
         for known in range(1, 2**self.widest):
             members = [i for i in range(self.widest) if known >> i & 1]
-            ways = [
-                log_p[:, known ^ (1 << i)] - self.losses[rows, (full & ~(known ^ (1 << i))).clamp(min=0), i]
-                for i in members
-            ]
-            left = (self.size - len(members) + 1).clamp(min=1).double()
-            log_p[:, known] = torch.logsumexp(torch.stack(ways), 0) - left.log()
+            ways = []
+            for i in members:
+                before = known ^ (1 << i)
+                masked = pull.masked_fill((before >> slot) & 1 == 1, -torch.inf)
+                next_is_i = pull[:, i] - masked.logsumexp(1)
+                ways.append(log_p[:, before] - self.losses[rows, full & ~before, i] + next_is_i)
+            log_p[:, known] = torch.logsumexp(torch.stack(ways), 0)
         done = -log_p[rows, full]
         return self.firsts + torch.zeros(self.documents, dtype=torch.float64).index_add_(
             0, self.doc_of_block.cpu(), done.cpu()
