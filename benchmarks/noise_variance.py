@@ -20,7 +20,7 @@ from blockdiff.distributions import Fixed
 from blockdiff.files import write_json
 from blockdiff.layout import Spans, TokenMap
 from blockdiff.noise import Bernoulli, ExactCount, Noise
-from blockdiff.objectives import block_numbers, maskable, score, two_streams
+from blockdiff.objectives import block_numbers, maskable, score, token_losses, two_streams
 from blockdiff.runtime import quiet_libraries, record, use_available_threads
 
 
@@ -34,7 +34,8 @@ def estimates(model: blockdiff.Model, batch: dict[str, torch.Tensor], size: int,
     tokens = TokenMap.build(batch["doc"], batch["prompt"], starts)
     corruption = law.draw(block_numbers(tokens, maskable(tokens, alignment)), generator)
     stream = two_streams(batch["input_ids"], tokens, corruption, alignment, model.spec.mask_id or 0)
-    terms = score(model(stream.ids, stream.tokens, read=stream.reads.index), stream.reads, tokens, len(batch["doc"]))
+    losses = token_losses(model(stream.ids, stream.tokens, read=stream.reads.index), stream.reads)
+    terms = score(losses, stream.reads, tokens, len(batch["doc"]))
     return terms.blocks.double() / terms.tokens
 
 

@@ -20,7 +20,7 @@ from blockdiff.evaluate import bound
 from blockdiff.layout import Layout, TokenMap
 from blockdiff.model import BlockDiffusionModel
 from blockdiff.noise import Corruption, ExactCount, subset
-from blockdiff.objectives import Alignment, block_numbers, maskable, score, two_streams
+from blockdiff.objectives import Alignment, block_numbers, maskable, score, token_losses, two_streams
 from blockdiff.reference import Block, Reference, blocks
 
 CONVENTIONS = [("shift", "clean"), ("shift", "seed"), ("same", "clean")]
@@ -41,7 +41,7 @@ def losses_per_document(
 ) -> Tensor:
     stream = two_streams(ids, tokens, corruption, alignment or model.spec.alignment, model.spec.mask_id or 0)
     logits = model(stream.ids, stream.tokens, read=stream.reads.index)
-    return score(logits, stream.reads, tokens, int(tokens.doc.max()) + 1).blocks
+    return score(token_losses(logits, stream.reads), stream.reads, tokens, int(tokens.doc.max()) + 1).blocks
 
 
 def reference(model: BlockDiffusionModel) -> Reference:

@@ -15,15 +15,14 @@ from blockdiff.loading import attach, load
 from blockdiff.masks import Visibility
 from blockdiff.model import Past, Spec
 from blockdiff.noise import ExactCount
-from blockdiff.objectives import Alignment, block_numbers, maskable, score, two_streams
+from blockdiff.objectives import Alignment, block_numbers, maskable, score, token_losses, two_streams
 from blockdiff.tokenizer import train_tokenizer
 
 
 def score_batch(model, ids, tokens, corruption):
     stream = two_streams(ids, tokens, corruption, model.spec.alignment, model.spec.mask_id)
-    return score(
-        model(stream.ids, stream.tokens, read=stream.reads.index), stream.reads, tokens, int(tokens.doc.max()) + 1
-    )
+    losses = token_losses(model(stream.ids, stream.tokens, read=stream.reads.index), stream.reads)
+    return score(losses, stream.reads, tokens, int(tokens.doc.max()) + 1)
 
 
 @pytest.mark.parametrize("kind", tiny.SUPPORTED)

@@ -58,8 +58,13 @@ def training_rows(config: RunConfig, encoder: Encoder) -> tuple[Corpus, PackedRo
     """The training documents, and the same cut to the row length and packed."""
     corpus = data.read_corpus(config.data.train, encoder, config.data.bad_rows)
     corpus.documents = corpus.documents[: config.data.limit]
-    pieces, _ = data.cut(corpus.documents, config.data.length)
-    return corpus, PackedRows(data.pack(pieces, config.data.length))
+    return corpus, packed(corpus, config.data.length)
+
+
+def packed(corpus: Corpus, length: int) -> PackedRows:
+    """The documents cut to `length` and packed into rows of it."""
+    pieces, _ = data.cut(corpus.documents, length)
+    return PackedRows(data.pack(pieces, length))
 
 
 def validation_corpus(config: RunConfig, encoder: Encoder) -> Corpus | None:

@@ -109,7 +109,7 @@ def generate(
     from blockdiff.decode import Sampling
     from blockdiff.runtime import record
 
-    own = {"threshold": threshold, "per_step": per_step, "left_bias": left_bias}
+    own: dict[str, Any] = {"threshold": threshold, "per_step": per_step, "left_bias": left_bias}
     chosen = replace(named_policy(policy), **{name: value for name, value in own.items() if value is not None})
     sampling = Sampling(temperature, top_k, top_p)
     model = _load(path)

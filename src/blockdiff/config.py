@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from blockdiff.attention import Implementation
+from blockdiff.curriculum import Growth
 from blockdiff.data import BadRows
 from blockdiff.distributions import AR, DISTRIBUTIONS, AnyLayout
 from blockdiff.masks import CleanContext
@@ -72,6 +73,9 @@ class ObjectiveConfig(_Group):
         description="nelbo: the bound; ce: plain cross-entropy; a list: weight of k = 1, 2, ... masks in a block",
     )
     ar_weight: float = Field(0.0, ge=0, description="weight of the AR loss on the clean stream")
+    ar_weight_end: float | None = Field(None, ge=0, description="AR weight at the last step, reached linearly")
+    draws_per_pass: int = Field(1, ge=1, description="noise draws that share one clean pass")
+    complementary: bool = Field(False, description="two draws a pass, the second masking what the first leaves")
 
 
 class TrainConfig(_Group):
@@ -119,6 +123,7 @@ class RunConfig(_Group):
     layout: Annotated[AnyLayout, Field(discriminator="kind")] = AR()
     noise: Annotated[AnyNoise, Field(discriminator="kind")] = ExactCount()
     objective: ObjectiveConfig = ObjectiveConfig()
+    growth: Growth | None = None
     train: TrainConfig
     eval: EvalConfig = EvalConfig()
 
@@ -129,6 +134,12 @@ class RunConfig(_Group):
                 f"layout: block size {self.layout.largest_named} is longer than the data: a row of data.length = "
                 f"{self.data.length} tokens scores {self.data.length - 1}; give a smaller block or longer rows"
             )
+        if self.growth is not None:
+            self.growth.layout(self.layout, 0.0, 0.5)
+        if self.objective.complementary and (
+            not isinstance(self.noise, ExactCount) or self.noise.left_bias or self.objective.draws_per_pass != 1
+        ):
+            raise ValueError("objective.complementary needs noise exact_count, left_bias 0 and draws_per_pass 1")
         if self.objective.ar_weight > 0 and self.model.clean_context == "block_causal":
             raise ValueError(
                 "objective.ar_weight needs model.clean_context = context_causal: a block-causal clean stream already "

@@ -95,11 +95,9 @@ class TokenMap:
         return replace(self, noisy=torch.ones_like(self.noisy))
 
     @staticmethod
-    def cat(first: TokenMap, second: TokenMap) -> TokenMap:
-        """The two maps side by side, along the token dimension."""
-        return TokenMap(
-            **{f.name: torch.cat([getattr(first, f.name), getattr(second, f.name)], 1) for f in fields(first)}
-        )
+    def cat(*maps: TokenMap) -> TokenMap:
+        """The maps side by side, along the token dimension."""
+        return TokenMap(**{f.name: torch.cat([getattr(part, f.name) for part in maps], 1) for f in fields(TokenMap)})
 
     @staticmethod
     def build(doc: Tensor, prompt: Tensor, starts: Tensor) -> TokenMap:

@@ -67,9 +67,13 @@ class Noise(ABC):
 
     def draw(self, block: Tensor, generator: Generator) -> Corruption:
         """One draw, noise levels stratified over all blocks of the batch and shuffled among them."""
-        u_token = torch.rand(len(block), dtype=torch.float64, generator=generator).to(block.device)
+        return self.draws(block, generator, 1)[0]
+
+    def draws(self, block: Tensor, generator: Generator, count: int) -> list[Corruption]:
+        """Several draws of the same blocks; a noise level moves by 1/count from one to the next (antithetic)."""
+        u_token = torch.rand(count, len(block), dtype=torch.float64, generator=generator).to(block.device)
         u_block = stratified(_number_of(block), generator).to(block.device)
-        return self.corrupt(block, u_block, u_token)
+        return [self.corrupt(block, (u_block + i / count) % 1.0, u_token[i]) for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -160,10 +164,16 @@ class Bernoulli(Noise):
 
 @dataclass(frozen=True)
 class Clipped(Noise):
-    """Mask rate uniform in [low, high], weight 1/rate: BD3-LM's low-variance training loss. Not a bound."""
+    """Mask rate uniform in [low, high], weight 1/rate: BD3-LM's low-variance training loss. Not a bound.
+
+    redraw: masks are redrawn until the masked fraction of the block lies in [low, high] too, as BD3-LM's training
+    scripts do (a block with no such count is left as it was drawn). Then a block is never fully masked unless high is
+    1, although decoding begins every block so.
+    """
 
     low: float
     high: float
+    redraw: bool = False
     kind: Literal["clipped"] = "clipped"
 
     def __post_init__(self) -> None:
@@ -175,12 +185,79 @@ class Clipped(Noise):
         return False
 
     def corrupt(self, block: Tensor, u_block: Tensor, u_token: Tensor) -> Corruption:
-        rate = self.low + (self.high - self.low) * u_block
-        return _independent(block, rate, 1 / rate, u_token)
+        low, high = torch.full_like(u_block, self.low), torch.full_like(u_block, self.high)
+        return clipped(block, low, high, u_block, u_token, redraw=self.redraw)
 
 
-AnyNoise = ExactCount | Bernoulli | Clipped
-NOISES: dict[str, type[Noise]] = {"exact_count": ExactCount, "bernoulli": Bernoulli, "clipped": Clipped}
+@dataclass(frozen=True)
+class SearchedClip(Noise):
+    """Clipped mask rates whose interval is searched while training, for each block size (BD3-LM, section 5.2).
+
+    Every `every` steps the intervals of the given `widths`, slid by 0.05, and the whole range are tried on `batches`
+    validation batches; training goes on with the one under which blocks' mean losses vary least. Until the first
+    search, and in `corrupt` itself, the whole range is used.
+    """
+
+    every: int = 500
+    widths: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    batches: int = 2
+    redraw: bool = False
+    kind: Literal["searched_clip"] = "searched_clip"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(self.widths))
+        if self.every < 1 or self.batches < 1:
+            raise ValueError("noise searched_clip: every and batches must be 1 or more")
+        if not self.widths or not all(0 < width < 1 for width in self.widths):
+            raise ValueError(f"noise searched_clip: widths {self.widths} must lie in (0, 1)")
+
+    @property
+    def is_bound(self) -> bool:
+        return False
+
+    @property
+    def intervals(self) -> list[tuple[float, float]]:
+        """The candidates: the whole range first."""
+        slid = [(step * 0.05, step * 0.05 + width) for width in self.widths for step in range(20)]
+        return [
+            (1e-3, 1.0),
+            *((max(low, 1e-3), min(round(high, 6), 1.0)) for low, high in slid if high <= 1 + 1e-9),
+        ]
+
+    def corrupt(self, block: Tensor, u_block: Tensor, u_token: Tensor) -> Corruption:
+        return Clipped(1e-3, 1.0).corrupt(block, u_block, u_token)
+
+
+@dataclass(frozen=True)
+class LearnedCount(Noise):
+    """Exact counts whose proposal over k is learned while training: kappa(k) ~ sqrt(E[l_k^2]) / k, weight 1/(k kappa).
+
+    l_k is a block's summed loss with k masks; this kappa has the least variance of the loss. A share `floor` stays
+    uniform, so that every count keeps its support and the estimate its unbiasedness. In `corrupt` itself, before
+    anything is learned, k is uniform.
+    """
+
+    floor: float = 0.2
+    decay: float = 0.98
+    kind: Literal["learned_count"] = "learned_count"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.floor <= 1 or not 0 <= self.decay < 1:
+            raise ValueError("noise learned_count: floor must lie in (0, 1] and decay in [0, 1)")
+
+    @property
+    def is_bound(self) -> bool:
+        return True
+
+    def corrupt(self, block: Tensor, u_block: Tensor, u_token: Tensor) -> Corruption:
+        return ExactCount().corrupt(block, u_block, u_token)
+
+
+AnyNoise = ExactCount | LearnedCount | Bernoulli | Clipped | SearchedClip
+NOISES: dict[str, type[Noise]] = {
+    str(cls.__dataclass_fields__["kind"].default): cls
+    for cls in (ExactCount, LearnedCount, Bernoulli, Clipped, SearchedClip)
+}
 
 
 def from_dict(spec: dict[str, Any]) -> Noise:
@@ -200,6 +277,18 @@ def stratified(count: int, generator: Generator) -> Tensor:
     """`count` numbers in (0, 1), one in each of `count` equal strata, in random order: float64 [count]."""
     jitter = torch.rand(count, dtype=torch.float64, generator=generator)
     return (torch.randperm(count, generator=generator) + jitter) / max(count, 1)
+
+
+def complement(block: Tensor, draw: Corruption) -> Corruption:
+    """The draw of exact counts that masks what `draw` leaves (Fast-dLLM v2, arXiv 2509.26328); a full mask stays full.
+
+    Where k is uniform in 1..n so is the complement's count, so the mean of the two is as unbiased as each of them, and
+    every token is masked in one of the two.
+    """
+    full = draw.count == draw.size
+    masked = torch.where(full, draw.masked, ~draw.masked)
+    count = torch.where(full, draw.size, draw.size - draw.count)
+    return Corruption(masked, draw.size / count.double(), count, draw.size)
 
 
 def rank_in_block(block: Tensor, key: Tensor) -> Tensor:
@@ -274,6 +363,46 @@ def _share_of_masked(block: Tensor, masked: Tensor, beta: Tensor) -> Tensor:
     pull = torch.where(masked, torch.exp(-beta[block] * (place - first[block])), 0.0)
     total = torch.zeros_like(beta).index_add(0, block, pull)
     return pull / total[block].clamp(min=1e-300)
+
+
+def proposed_count(block: Tensor, kappa: Tensor, u_block: Tensor, u_token: Tensor) -> Corruption:
+    """Exact counts drawn from kappa [N_max + 1, N_max + 1] (row n: probability of k = 0..n); weight 1 / (k kappa(k)).
+
+    Blocks of more than N_max maskable tokens draw k uniformly.
+    """
+    size = torch.bincount(block, minlength=len(u_block))
+    rows = kappa[size.clamp(max=len(kappa) - 1)]
+    drawn = torch.searchsorted(rows.cumsum(1), u_block[:, None], right=True)[:, 0]
+    known = size < len(kappa)
+    count = torch.where(known, drawn, (u_block * size).long() + 1).clamp(min=1).minimum(size)
+    chance = torch.where(known, rows.gather(1, count[:, None].clamp(max=len(kappa) - 1))[:, 0], 1 / size.double())
+    masked = rank_in_block(block, u_token) < count[block]
+    weight = 1 / (count * chance).clamp(min=1e-12)
+    return Corruption(masked, weight[block], count[block], size[block])
+
+
+def clipped(block: Tensor, low: Tensor, high: Tensor, u_block: Tensor, u_token: Tensor, *, redraw: bool) -> Corruption:
+    """Mask rates uniform in [low, high] of each block, weight 1/rate; `redraw` as in `Clipped`."""
+    rate = low + (high - low) * u_block
+    free = _independent(block, rate, 1 / rate, u_token)
+    if not redraw or not len(block):
+        return free
+    # Given its count a mask set is uniform: so draw the count from the binomial cut to the interval, then the set.
+    size = torch.bincount(block, minlength=len(u_block))
+    k = torch.arange(int(size.max()) + 1, dtype=torch.float64, device=block.device)
+    n, p = size[:, None].double(), rate[:, None].clamp(1e-12, 1 - 1e-12)
+    ways = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma((n - k).clamp(min=0) + 1)
+    chance = torch.where(k <= n, (ways + k * p.log() + (n - k) * torch.log1p(-p)).exp(), 0.0)
+    chance = torch.where((k >= low[:, None] * n - 1e-9) & (k <= high[:, None] * n + 1e-9), chance, 0.0)
+    possible = chance.sum(1) > 0
+    below = chance.cumsum(1) / chance.sum(1, keepdim=True).clamp(min=1e-300)
+    # the largest of n uniform numbers to the n-th power is uniform, and independent of their ranks
+    largest = torch.zeros_like(u_block).scatter_reduce(0, block, u_token, "amax")
+    u_count = largest ** size.double()
+    count = torch.searchsorted(below, u_count[:, None], right=True)[:, 0].minimum(size)
+    masked = torch.where(possible[block], rank_in_block(block, u_token) < count[block], free.masked)
+    count = torch.zeros_like(size).index_add(0, block, masked.long())
+    return Corruption(masked, free.weight, count[block], size[block])
 
 
 def _independent(block: Tensor, rate: Tensor, weight: Tensor, u_token: Tensor) -> Corruption:

@@ -22,7 +22,8 @@ Shapes: B rows, L clean tokens a row, N noisy slots a row, R reads (rows of logi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -132,34 +133,40 @@ def block_numbers(tokens: TokenMap, chosen: Tensor) -> Tensor:
 def two_streams(
     ids: Tensor,
     tokens: TokenMap,
-    corruption: Corruption,
+    corruption: Corruption | Sequence[Corruption],
     alignment: Alignment,
     mask_id: int,
     *,
     weighting: Weighting = "nelbo",
     with_ar: bool = False,
 ) -> TwoStreams:
-    """Build the pass for one noise draw over the batch's maskable tokens.
+    """Build the pass for noise draws over the batch's maskable tokens.
 
-    ids [B, L], tokens its clean-stream map, corruption over `maskable(tokens, alignment)` in row order.
-    `with_ar` adds the AR term: the clean stream predicts every scored token that the bound does not already read there.
+    ids [B, L], tokens its clean-stream map, corruption over `maskable(tokens, alignment)` in row order. Several draws
+    share one clean stream, [noisy ; noisy ; ... ; clean], and the loss is their mean. `with_ar` adds the AR term: the
+    clean stream predicts every scored token that the bound does not already read there.
     """
     if alignment.shift and bool((tokens.scored & (tokens.position == 0)).any()):
         raise ValueError("a document's first token cannot be scored under shift: give every document a prompt token")
     can = maskable(tokens, alignment)
-    masked = torch.zeros_like(can)
-    masked[can] = corruption.masked
-    weight = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
-    weight[can] = _weights(corruption, weighting)
-
     source, noisy = _noisy_stream(tokens, alignment)
-    slot_masked = masked.gather(1, source) & noisy.scored
-    if alignment.seeded:
-        slot_masked &= ~noisy.is_block_start
+    denoised = noisy.scored & ~(noisy.is_block_start & alignment.seeded)
+    draws = [corruption] if isinstance(corruption, Corruption) else list(corruption)
+    hidden: list[tuple[Tensor, Tensor]] = []
+    parts_ids, parts_map = [], []
+    for number, draw in enumerate(draws):
+        masked = torch.zeros_like(can)
+        masked[can] = draw.masked
+        weight = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
+        weight[can] = _weights(draw, weighting) / len(draws)
+        hidden.append((masked, weight))
+        parts_ids.append(ids.gather(1, source).masked_fill(masked.gather(1, source) & denoised, mask_id))
+        # a block number of its own for each draw, so that draws do not see one another
+        parts_map.append(replace(noisy, block=noisy.block + number * (ids.shape[1] + 1)))
     return TwoStreams(
-        ids=torch.cat([ids.gather(1, source).masked_fill(slot_masked, mask_id), ids], 1),
-        tokens=TokenMap.cat(noisy, tokens),
-        reads=_reads(ids, tokens, masked, weight, source, noisy, alignment, with_ar),
+        ids=torch.cat([*parts_ids, ids], 1),
+        tokens=TokenMap.cat(*parts_map, tokens),
+        reads=_reads(ids, tokens, hidden, source, noisy, alignment, with_ar),
     )
 
 
@@ -169,10 +176,10 @@ def token_losses(logits: Tensor, reads: Reads) -> Tensor:
     return F.cross_entropy(precise, reads.target, reduction="none")
 
 
-def score(logits: Tensor, reads: Reads, tokens: TokenMap, documents: int) -> Terms:
-    """Terms of a batch: logits [R, V] at the reads; tokens its clean-stream map; documents numbered 0..D-1 in it."""
-    loss = token_losses(logits, reads)
-    loss = loss * reads.weight.to(loss.dtype)
+def score(losses: Tensor, reads: Reads, tokens: TokenMap, documents: int) -> Terms:
+    """Terms of a batch: losses [R] of the reads (`token_losses`); tokens its clean-stream map; documents numbered
+    0..D-1 in it."""
+    loss = losses * reads.weight.to(losses.dtype)
     zero = torch.zeros(documents, dtype=loss.dtype, device=loss.device)
     count = torch.zeros(documents, dtype=torch.int64, device=loss.device)
     auxiliary = reads.kind == AUXILIARY
@@ -246,42 +253,40 @@ def _in_blocks_with(chosen: Tensor, tokens: TokenMap) -> Tensor:
 def _reads(
     ids: Tensor,
     tokens: TokenMap,
-    masked: Tensor,
-    weight: Tensor,
+    hidden: list[tuple[Tensor, Tensor]],
     source: Tensor,
     noisy: TokenMap,
     alignment: Alignment,
     with_ar: bool,
 ) -> Reads:
+    """What to read for the draws `hidden`, each (masked, weight) [B, L]."""
     rows, length = ids.shape
     slots = source.shape[1]
-    width = slots + length
-    row = torch.arange(rows, device=ids.device)[:, None].expand_as(ids)
+    clean = len(hidden) * slots  # slot at which the clean stream begins
+    row = torch.arange(rows, device=ids.device)[:, None].expand_as(ids) * (clean + length)
     place = torch.arange(length, device=ids.device).expand_as(ids)
-    # slot of each clean token in the noisy stream (meaningful where it has one)
+    # slot of each clean token in a noisy stream (meaningful where it has one)
     slot = torch.zeros_like(ids)
     slot.scatter_(1, source, torch.arange(slots, device=ids.device).expand_as(source))
-    has_slot = torch.zeros_like(masked)
+    has_slot = torch.zeros_like(tokens.prompt)
     has_slot.scatter_(1, source, noisy.doc >= 0)
 
     before = (place - 1).clamp(min=0)
-    from_clean = row * width + slots + before
-    if alignment.shift:
-        from_noisy = row * width + slot.gather(1, before)
-        noisy_reads = masked & has_slot.gather(1, before) & (tokens.position > 0)
-    else:
-        from_noisy = row * width + slot
-        noisy_reads = masked
+    from_clean = row + clean + before
+    parts = []
+    for number, (masked, weight) in enumerate(hidden):
+        from_noisy = row + number * slots + (slot.gather(1, before) if alignment.shift else slot)
+        # under the `noisy` boundary a span's first token has no noisy slot before it and is read from the clean stream
+        readable = has_slot.gather(1, before) & (tokens.position > 0) if alignment.shift else torch.ones_like(masked)
+        parts += [
+            (from_noisy, masked & readable, weight, MASKED),
+            (from_clean, masked & ~readable, weight, MASKED),
+        ]
     firsts = tokens.scored & tokens.is_block_start & alignment.first_is_clean
-    # under the `noisy` boundary a span's first token has no noisy slot before it and is read from the clean stream
-    parts = [
-        (from_noisy, noisy_reads, weight, MASKED),
-        (from_clean, masked & ~noisy_reads, weight, MASKED),
-        (from_clean, firsts, torch.ones_like(weight), FIRST),
-    ]
+    one = torch.ones_like(hidden[0][1])
+    parts.append((from_clean, firsts, one, FIRST))
     if with_ar:
-        free = tokens.scored & ~firsts & (tokens.position > 0)
-        parts.append((from_clean, free, torch.ones_like(weight), AUXILIARY))
+        parts.append((from_clean, tokens.scored & ~firsts & (tokens.position > 0), one, AUXILIARY))
     return Reads(
         index=torch.cat([index[chosen] for index, chosen, _, _ in parts]),
         target=torch.cat([ids[chosen] for _, chosen, _, _ in parts]),

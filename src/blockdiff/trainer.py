@@ -13,7 +13,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,52 +23,113 @@ from torch import Generator, Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from blockdiff.curriculum import Growth, adaptive
 from blockdiff.data import PackedRows, collate
 from blockdiff.distributions import LayoutDistribution
 from blockdiff.files import sync_tree
 from blockdiff.layout import Spans, TokenMap
 from blockdiff.model import BlockDiffusionModel
-from blockdiff.noise import Noise
-from blockdiff.objectives import Alignment, Terms, Weighting, block_numbers, maskable, score, two_streams
+from blockdiff.noise import Corruption, Noise, complement
+from blockdiff.objectives import (
+    Alignment,
+    Terms,
+    Weighting,
+    block_numbers,
+    maskable,
+    score,
+    token_losses,
+    two_streams,
+)
 from blockdiff.rng import uniform
 
-_DRAW = 5  # purpose of random numbers
+_DRAW, _SCHEDULE = 5, 6  # purposes of random numbers
+_CURRICULUM_FILE = "curriculum.json"
 
 Validate = Callable[[BlockDiffusionModel], dict[str, float]]
 
 
+Observe = Callable[[Corruption, Tensor, Tensor], None]
+
+
 @dataclass(frozen=True)
 class Objective:
-    """What a step draws and what it minimises."""
+    """What a step draws and what it minimises.
+
+    draws: noise draws that share one clean pass; complementary: two of them, of which the second masks what the first
+    leaves.
+    """
 
     layout: LayoutDistribution
     noise: Noise
     weighting: Weighting = "nelbo"
     ar_weight: float = 0.0
+    draws: int = 1
+    complementary: bool = False
 
     def is_bound(self, alignment: Alignment) -> bool:
         """Whether the blocks' loss is, in expectation, a bound on the negative log-likelihood."""
         return self.weighting == "nelbo" and self.noise.is_bound and alignment.is_bound
 
     def terms(
-        self, model: nn.Module, batch: dict[str, Tensor], alignment: Alignment, mask_id: int, generator: Generator
+        self,
+        model: nn.Module,
+        batch: dict[str, Tensor],
+        alignment: Alignment,
+        mask_id: int,
+        generator: Generator,
+        observe: Observe | None = None,
     ) -> Terms:
-        """Draw a layout and noise for a batch (`data.collate`'s) and score it, in one two-stream pass."""
+        """Draw a layout and noise for a batch (`data.collate`'s) and score it, in one pass.
+
+        `observe(corruption, losses, block)` receives the losses of a draw's masked tokens, and every token's block.
+        """
         ids, doc, prompt = batch["input_ids"], batch["doc"], batch["prompt"]
         spans = Spans.of(doc, prompt)
         tokens = TokenMap.build(doc, prompt, spans.place(self.layout.draw(spans.lengths, generator)))
-        corruption = self.noise.draw(block_numbers(tokens, maskable(tokens, alignment)), generator)
+        block = block_numbers(tokens, maskable(tokens, alignment))
+        draws = self._noise(block, generator)
         stream = two_streams(
-            ids, tokens, corruption, alignment, mask_id, weighting=self.weighting, with_ar=self.ar_weight > 0
+            ids, tokens, draws, alignment, mask_id, weighting=self.weighting, with_ar=self.ar_weight > 0
         )
-        logits = model(stream.ids, stream.tokens, read=stream.reads.index)
-        return score(logits, stream.reads, tokens, int(doc.max()) + 1)
+        losses = token_losses(model(stream.ids, stream.tokens, read=stream.reads.index), stream.reads)
+        if observe is not None:
+            at = 0
+            for draw in draws:
+                count = int(draw.masked.sum())
+                observe(draw, losses[at : at + count], block)
+                at += count
+        return score(losses, stream.reads, tokens, int(doc.max()) + 1)
+
+    def _noise(self, block: Tensor, generator: Generator) -> list[Corruption]:
+        if self.complementary:
+            first = self.noise.draw(block, generator)
+            return [first, complement(block, first)]
+        return self.noise.draws(block, generator, self.draws)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the objective changes with the progress of a training: growing blocks, and the AR weight at the end."""
+
+    growth: Growth | None = None
+    ar_weight_end: float | None = None
+
+    def at(self, objective: Objective, progress: float, u: float) -> Objective:
+        """The objective at `progress` in [0, 1]; u in (0, 1) for what is drawn at each step."""
+        if self.growth is not None:
+            objective = replace(objective, layout=self.growth.layout(objective.layout, progress, u))
+        if self.ar_weight_end is not None:
+            weight = objective.ar_weight + (self.ar_weight_end - objective.ar_weight) * progress
+            objective = replace(objective, ar_weight=weight)
+        return objective
 
 
 class BlockDiffusionTrainer(Trainer):
     """Train a `BlockDiffusionModel` on packed rows.
 
-    `validate` returns the metrics of an evaluation. Checkpoints appear in `args.output_dir` as checkpoint-<step>.
+    `schedule` changes the objective on the way; `search_rows` (default: the training rows) are what a search for noise
+    tries its candidates on. `validate` returns the metrics of an evaluation. Checkpoints appear in `args.output_dir` as
+    checkpoint-<step>.
     """
 
     def __init__(
@@ -78,6 +139,8 @@ class BlockDiffusionTrainer(Trainer):
         rows: PackedRows,
         args: TrainingArguments,
         *,
+        schedule: Schedule = Schedule(),
+        search_rows: PackedRows | None = None,
         validate: Validate | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
@@ -91,6 +154,9 @@ class BlockDiffusionTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)  # progress is the caller's affair
         self.objective = objective
+        self.schedule = schedule
+        self.adaptive = adaptive(objective.noise)
+        self.search_rows = search_rows or rows
         self.validate = validate
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole optimizer step
         self._pass = (-1, 0)
@@ -106,10 +172,13 @@ class BlockDiffusionTrainer(Trainer):
     ) -> Any:
         """The weighted bound and the AR term over the scored tokens of all passes and devices of this step."""
         spec = self._bare().spec
-        terms = self.objective.terms(model, inputs, spec.alignment, spec.mask_id or 0, self._generator())
+        generator = self._generator()
+        objective = self._objective(new_step=self._pass[1] == 0)
+        observe = self.adaptive.observe if self.adaptive is not None else None
+        terms = objective.terms(model, inputs, spec.alignment, spec.mask_id or 0, generator, observe)
         self._note(terms)
         total = terms.tokens.sum() if num_items_in_batch is None else num_items_in_batch
-        loss = terms.loss(total, self.objective.ar_weight)
+        loss = terms.loss(total, objective.ar_weight)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over devices afterwards
         return (loss, terms) if return_outputs else loss
@@ -132,6 +201,37 @@ class BlockDiffusionTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         assert isinstance(model, BlockDiffusionModel)
         return model
+
+    def _objective(self, *, new_step: bool) -> Objective:
+        """The objective of this step, with what was learned about the noise so far."""
+        step = self.state.global_step
+        u = float(uniform(self.args.seed, step, _SCHEDULE))
+        now = self.schedule.at(self.objective, step / max(self.state.max_steps, 1), u)
+        if self.adaptive is None:
+            return now
+        if new_step and self.adaptive.due(step):
+            self.adaptive.search(lambda noise: self._block_losses(replace(now, noise=noise)))
+        return replace(now, noise=self.adaptive.noise())
+
+    @torch.no_grad()
+    def _block_losses(self, objective: Objective) -> tuple[Tensor, Tensor]:
+        """Number of maskable tokens and weighted mean loss of every block of some held-out batches."""
+        bridge, rows = self._bare(), self.args.per_device_train_batch_size
+        sizes, losses = [], []
+
+        def keep(draw: Corruption, loss: Tensor, block: Tensor) -> None:
+            size = torch.bincount(block)
+            total = torch.zeros(len(size), dtype=torch.float64, device=block.device)
+            total.index_add_(0, block[draw.masked], loss.double() * draw.weight[draw.masked])
+            sizes.append(size.cpu())
+            losses.append((total / size).cpu())
+
+        for number in range(getattr(self.objective.noise, "batches", 1)):
+            chosen = [self.search_rows[(number * rows + i) % len(self.search_rows)] for i in range(rows)]
+            batch = {name: tensor.to(bridge.device) for name, tensor in collate(chosen).items()}
+            generator = Generator().manual_seed(number)  # the same draws for every candidate
+            objective.terms(bridge, batch, bridge.spec.alignment, bridge.spec.mask_id or 0, generator, keep)
+        return torch.cat(sizes), torch.cat(losses)
 
     def _generator(self) -> Generator:
         """A generator for this pass of this step on this device."""
@@ -189,11 +289,15 @@ class BlockDiffusionTrainer(Trainer):
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         self._bare().save_into(directory)
+        if self.adaptive is not None and self._staging is not None:
+            (directory / _CURRICULUM_FILE).write_text(json.dumps(self.adaptive.state()))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         backbone = self._bare().backbone
         saved = type(backbone).from_pretrained(resume_from_checkpoint, dtype=backbone.dtype, use_safetensors=True)
         backbone.load_state_dict(saved.state_dict())
+        if self.adaptive is not None:
+            self.adaptive.restore(json.loads((Path(resume_from_checkpoint) / _CURRICULUM_FILE).read_text()))
 
 
 def checkpoints(directory: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from torch import Generator
 from transformers import TrainerCallback, TrainingArguments
 
 from blockdiff import data
-from blockdiff.building import build_model, encoder_of, training_rows, validation_corpus
+from blockdiff.building import build_model, encoder_of, packed, training_rows, validation_corpus
 from blockdiff.config import ConfigError, RunConfig
 from blockdiff.data import Corpus, PackedRows
 from blockdiff.evaluate import BoundRow, bound
@@ -27,7 +27,7 @@ from blockdiff.explain import draw_example
 from blockdiff.files import write_json, write_text
 from blockdiff.model import BlockDiffusionModel
 from blockdiff.runtime import record, use_available_threads
-from blockdiff.trainer import BlockDiffusionTrainer, MetricsFile, Objective, last_checkpoint
+from blockdiff.trainer import BlockDiffusionTrainer, MetricsFile, Objective, Schedule, last_checkpoint
 
 Say = Callable[[str], None]
 
@@ -88,7 +88,14 @@ def train(
     for note in bridge.notes:
         say(f"model: {note}")
     valid = validation_corpus(config, encoder)
-    objective = Objective(config.layout, config.noise, config.objective.weighting, config.objective.ar_weight)
+    objective = Objective(
+        config.layout,
+        config.noise,
+        config.objective.weighting,
+        config.objective.ar_weight,
+        config.objective.draws_per_pass,
+        config.objective.complementary,
+    )
     steps = _steps(run, config, bridge, objective, rows, resumed)
     picture = draw_example(config.layout, bridge.spec.alignment, bridge.spec.clean_context, config.seed)
     write_text(run.path / "results" / "mask.txt", picture + "\n")
@@ -101,6 +108,8 @@ def train(
         objective,
         rows,
         _arguments(config, run, steps),
+        schedule=Schedule(config.growth, config.objective.ar_weight_end),
+        search_rows=packed(valid, config.data.length) if valid else None,
         validate=_validator(config, valid),
         callbacks=[MetricsFile(run.metrics, _step_of(resumed)), *(callbacks or [])],
     )

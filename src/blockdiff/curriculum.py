@@ -1,0 +1,248 @@
+"""What changes while training: the block size, the weight of the AR term, and noise that is learned on the way.
+
+Everything here is a function of the training's progress or of the losses seen so far, and has a small state that is
+saved with a checkpoint. The mathematics of a step does not know about it: a curriculum hands every step an ordinary
+layout distribution and an ordinary noise.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from blockdiff.distributions import FORBID_EXTRA, LayoutDistribution
+from blockdiff.noise import (
+    Clipped,
+    Corruption,
+    LearnedCount,
+    Noise,
+    SearchedClip,
+    clipped,
+    proposed_count,
+)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How the block size reaches that of the layout: only the layout changes, never the loss or the mask rule.
+
+    shape   geometric: plateaus of equal length at start, start * ratio, ... until `until` of the steps (NBDiff,
+            arXiv 2512.06776, eq. 3); wsd: up to `peak` in the first `until` of the steps, stable, and down to the
+            layout's own size in the last `decay` of them (LLaDA 2.0, arXiv 2512.15745); random: every step draws one of
+            those plateaus' sizes anew.
+    """
+
+    shape: Literal["geometric", "wsd", "random"] = "geometric"
+    start: int = 1
+    ratio: int = 2
+    until: float = 0.6
+    peak: int | None = None
+    decay: float = 0.2
+
+    __pydantic_config__ = FORBID_EXTRA
+
+    def __post_init__(self) -> None:
+        if self.shape not in ("geometric", "wsd", "random"):
+            raise ValueError(f"growth shape {self.shape!r} is unknown; known: geometric, wsd, random")
+        if self.start < 1 or self.ratio < 2:
+            raise ValueError("growth: start must be 1 or more and ratio 2 or more")
+        if not 0 < self.until <= 1 or not 0 < self.decay <= 1:
+            raise ValueError("growth: until and decay are shares of the steps, in (0, 1]")
+        if self.shape == "wsd" and (self.peak is None or self.until + self.decay > 1):
+            raise ValueError("growth wsd: give peak, the largest block size, and until + decay of at most 1")
+
+    def sizes(self, largest: int) -> list[int]:
+        """The plateaus up to `largest`: start, start * ratio, ..., largest."""
+        found = [min(self.start, largest)]
+        while found[-1] < largest:
+            found.append(min(found[-1] * self.ratio, largest))
+        return found
+
+    def size(self, largest: int, progress: float, u: float) -> int:
+        """Block size at `progress` in [0, 1) of a training that ends at `largest`; u in (0, 1) for `random`."""
+        if self.shape == "random":
+            sizes = self.sizes(largest)
+            return sizes[int(u * len(sizes))]
+        if self.shape == "geometric":
+            sizes = self.sizes(largest)
+            return sizes[min(int(progress / self.until * (len(sizes) - 1)), len(sizes) - 1)]
+        assert self.peak is not None
+        up = self.sizes(self.peak)
+        if progress < self.until:
+            return up[min(int(progress / self.until * len(up)), len(up) - 1)]
+        down = [size for size in reversed(up) if size > largest] + [largest]
+        at = (progress - (1 - self.decay)) / self.decay
+        return down[min(int(max(at, 0.0) * len(down)), len(down) - 1)]
+
+    def layout(self, final: LayoutDistribution, progress: float, u: float) -> LayoutDistribution:
+        """The layout distribution at `progress`: `final` with its size (or largest size) replaced.
+
+        Raises ValueError for a layout that has no size to grow.
+        """
+        names = {field.name for field in fields(final)}  # type: ignore[arg-type]
+        key = next((name for name in ("size", "max_size") if name in names), None)
+        if key is None:
+            raise ValueError(f"growth: the layout {final.kind} has no block size that could grow; use fixed or another")
+        size = self.size(getattr(final, key), progress, u)
+        changes: dict[str, Any] = {key: size}
+        if "atoms" in names:
+            changes["atoms"] = {atom: share for atom, share in final.atoms.items() if atom <= size}  # type: ignore[attr-defined]
+        return replace(final, **changes)  # type: ignore[type-var]
+
+
+class Adaptive(ABC):
+    """Noise that follows the training. State is JSON-ready."""
+
+    @abstractmethod
+    def noise(self) -> Noise:
+        """The noise to use now."""
+
+    @abstractmethod
+    def observe(self, corruption: Corruption, losses: Tensor, block: Tensor) -> None:
+        """Learn from a pass: losses [M] of the masked tokens, in order, of the blocks `block` [N]."""
+
+    def due(self, step: int) -> bool:
+        """Whether `search` should be called before this step."""
+        return False
+
+    @abstractmethod
+    def search(self, measure: Callable[[Noise], tuple[Tensor, Tensor]]) -> None:
+        """Try candidates: measure(noise) -> (size [B], mean loss [B]) of the blocks of some held-out batches."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+def adaptive(noise: Noise) -> Adaptive | None:
+    """The state that a noise needs while training, if it needs one."""
+    if isinstance(noise, LearnedCount):
+        return CountProposal(noise)
+    return ClipSearch(noise) if isinstance(noise, SearchedClip) else None
+
+
+class CountProposal(Adaptive):
+    """Running second moments of a block's summed loss for every (n maskable, k masked), and the proposal they give."""
+
+    LARGEST = 64  # longer blocks draw k uniformly
+
+    def __init__(self, settings: LearnedCount) -> None:
+        self.settings = settings
+        shape = (self.LARGEST + 1, self.LARGEST + 1)
+        self.moment = torch.zeros(shape, dtype=torch.float64)
+        self.weight = torch.zeros(shape, dtype=torch.float64)
+
+    def kappa(self) -> Tensor:
+        """Proposal [n, k]; uniform over 1..n where nothing was seen."""
+        k = torch.arange(self.LARGEST + 1, dtype=torch.float64)
+        inside = (k[None] >= 1) & (k[None] <= k[:, None])
+        root = torch.where(self.weight > 0, self.moment / self.weight.clamp(min=1e-12), 0.0).sqrt()
+        # a count not seen yet is given the loss per mask of those that were
+        per_mask = (root / k.clamp(min=1)).sum(1, keepdim=True) / (self.weight > 0).sum(1, keepdim=True).clamp(min=1)
+        root = torch.where(self.weight > 0, root, per_mask * k)
+        best = torch.where(inside, root / k.clamp(min=1), 0.0)
+        even = inside / inside.sum(1, keepdim=True).clamp(min=1)
+        total = best.sum(1, keepdim=True)
+        best = torch.where(total > 0, best / total.clamp(min=1e-300), even)
+        return (1 - self.settings.floor) * best + self.settings.floor * even
+
+    def noise(self) -> Noise:
+        return _Proposed(self.kappa(), self.settings)
+
+    def observe(self, corruption: Corruption, losses: Tensor, block: Tensor) -> None:
+        size = torch.bincount(block)
+        loss = torch.zeros(len(size), dtype=torch.float64, device=block.device)
+        loss.index_add_(0, block[corruption.masked], losses.detach().double())
+        count = torch.zeros_like(size).index_add(0, block, corruption.masked.long())
+        known = (size <= self.LARGEST) & (count > 0)
+        n, k, loss = size[known].cpu(), count[known].cpu(), loss[known].cpu()
+        seen = torch.zeros_like(self.weight).index_put((n, k), torch.ones_like(loss), accumulate=True)
+        square = torch.zeros_like(self.weight).index_put((n, k), loss**2, accumulate=True)
+        kept = torch.where(seen > 0, self.settings.decay, 1.0)
+        self.moment, self.weight = self.moment * kept + square, self.weight * kept + seen
+
+    def search(self, measure: Callable[[Noise], tuple[Tensor, Tensor]]) -> None:
+        raise NotImplementedError("a proposal learns from the training passes alone")
+
+    def state(self) -> dict[str, Any]:
+        return {"moment": self.moment.tolist(), "weight": self.weight.tolist()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.moment = torch.tensor(state["moment"], dtype=torch.float64)
+        self.weight = torch.tensor(state["weight"], dtype=torch.float64)
+
+
+class ClipSearch(Adaptive):
+    """The best interval found for each block size; the whole range where none was searched yet."""
+
+    def __init__(self, settings: SearchedClip) -> None:
+        self.settings = settings
+        self.best: dict[int, tuple[float, float]] = {}
+
+    def noise(self) -> Noise:
+        return _ClippedBySize(dict(self.best), self.settings)
+
+    def observe(self, corruption: Corruption, losses: Tensor, block: Tensor) -> None:
+        pass
+
+    def due(self, step: int) -> bool:
+        return step > 0 and step % self.settings.every == 0
+
+    def search(self, measure: Callable[[Noise], tuple[Tensor, Tensor]]) -> None:
+        spread: dict[int, list[tuple[float, tuple[float, float]]]] = {}
+        for interval in self.settings.intervals:
+            size, loss = measure(Clipped(*interval, redraw=self.settings.redraw))
+            for n in size.unique().tolist():
+                mine = loss[size == n]
+                if len(mine) > 1:
+                    spread.setdefault(int(n), []).append((float(mine.var()), interval))
+        self.best.update({n: min(found)[1] for n, found in spread.items()})
+
+    def state(self) -> dict[str, Any]:
+        return {"best": {str(n): list(interval) for n, interval in self.best.items()}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.best = {int(n): (float(low), float(high)) for n, (low, high) in state["best"].items()}
+
+
+class _Proposed(Noise):
+    """Exact counts from a learned proposal."""
+
+    kind = "learned_count"
+
+    def __init__(self, kappa: Tensor, settings: LearnedCount) -> None:
+        self.kappa, self.settings = kappa, settings
+
+    @property
+    def is_bound(self) -> bool:
+        return True
+
+    def corrupt(self, block: Tensor, u_block: Tensor, u_token: Tensor) -> Corruption:
+        return proposed_count(block, self.kappa.to(u_block), u_block, u_token)
+
+
+class _ClippedBySize(Noise):
+    """Clipped mask rates with an interval for each block size."""
+
+    kind = "searched_clip"
+
+    def __init__(self, best: dict[int, tuple[float, float]], settings: SearchedClip) -> None:
+        self.best, self.settings = best, settings
+
+    @property
+    def is_bound(self) -> bool:
+        return False
+
+    def corrupt(self, block: Tensor, u_block: Tensor, u_token: Tensor) -> Corruption:
+        size = torch.bincount(block, minlength=len(u_block))
+        low, high = torch.full_like(u_block, 1e-3), torch.ones_like(u_block)
+        for n, (least, most) in self.best.items():
+            low, high = torch.where(size == n, least, low), torch.where(size == n, most, high)
+        return clipped(block, low, high, u_block, u_token, redraw=self.settings.redraw)
