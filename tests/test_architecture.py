@@ -27,7 +27,7 @@ LAYERS = [
         "decode",
         "curriculum",
     },
-    {"attention", "model", "probe", "loading", "data", "tokenizer", "config", "progress"},
+    {"attention", "model", "probe", "loading", "data", "tokenizer", "presets", "config", "progress"},
     {"trainer", "engine", "evaluate", "explain"},
     {"building", "training", "api", "report", "demo", "cli", "__main__"},
 ]

@@ -67,7 +67,7 @@ def test_a_resolved_config_reads_back_as_itself():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_lie_beneath_what_the_user_says(preset):
     config = make_config(changed(preset=preset))
-    assert config.layout.kind == PRESETS[preset]["layout"]["kind"]
+    assert config.layout.kind == PRESETS[preset].tree["layout"]["kind"]
     over = make_config(changed(preset=preset, layout={"kind": "fixed", "size": 7}))
     assert (over.layout.kind, over.layout.largest_named) == ("fixed", 7)
 

@@ -58,7 +58,13 @@ def training_rows(config: RunConfig, encoder: Encoder) -> tuple[Corpus, PackedRo
     """The training documents, and the same cut to the row length and packed."""
     corpus = data.read_corpus(config.data.train, encoder, config.data.bad_rows)
     corpus.documents = corpus.documents[: config.data.limit]
-    return corpus, packed(corpus, config.data.length)
+    rows = packed(corpus, config.data.length)
+    if config.data.eos_fill != "none":
+        multiple = config.layout.largest_named if config.data.eos_fill == "block" else config.data.length
+        documents = [document for row in rows.rows for document in row]
+        filled = [data.fill_end(document, multiple, config.data.length, encoder.end_ids) for document in documents]
+        rows = PackedRows(data.pack(filled, config.data.length))
+    return corpus, rows
 
 
 def packed(corpus: Corpus, length: int) -> PackedRows:

@@ -16,10 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from blockdiff.attention import Implementation
 from blockdiff.curriculum import Growth
 from blockdiff.data import BadRows
-from blockdiff.distributions import AR, DISTRIBUTIONS, AnyLayout
+from blockdiff.distributions import AR, DISTRIBUTIONS, AnyLayout, Fixed
 from blockdiff.masks import CleanContext
 from blockdiff.noise import NOISES, AnyNoise, ExactCount
 from blockdiff.objectives import Alignment, Boundary, Prediction
+from blockdiff.presets import PRESETS
 
 
 class ConfigError(ValueError):
@@ -62,6 +63,9 @@ class DataConfig(_Group):
     bad_rows: BadRows = Field(
         "error", description="what to do with an unusable row: stop, or leave it out and count it"
     )
+    eos_fill: Literal["none", "block", "canvas"] = Field(
+        "none", description="repeat the end token, scored, to the end of its block, or of the row"
+    )
     end_token: str | None = Field(None, description="token that ends a document; none: the model's first end token")
 
 
@@ -75,6 +79,9 @@ class ObjectiveConfig(_Group):
     ar_weight: float = Field(0.0, ge=0, description="weight of the AR loss on the clean stream")
     ar_weight_end: float | None = Field(None, ge=0, description="AR weight at the last step, reached linearly")
     draws_per_pass: int = Field(1, ge=1, description="noise draws that share one clean pass")
+    active: Literal["all", "one"] = Field(
+        "all", description="all: every block of a document in one pass; one: a random block (Blockwise SFT)"
+    )
     complementary: bool = Field(False, description="two draws a pass, the second masking what the first leaves")
 
 
@@ -134,6 +141,10 @@ class RunConfig(_Group):
                 f"layout: block size {self.layout.largest_named} is longer than the data: a row of data.length = "
                 f"{self.data.length} tokens scores {self.data.length - 1}; give a smaller block or longer rows"
             )
+        if self.data.eos_fill == "block" and not (isinstance(self.layout, Fixed) and self.layout.offset == 0):
+            raise ValueError(
+                "data.eos_fill block needs layout fixed with offset 0: elsewhere the last block has no fixed end"
+            )
         if self.growth is not None:
             self.growth.layout(self.layout, 0.0, 0.5)
         if self.objective.complementary and (
@@ -153,15 +164,6 @@ class RunConfig(_Group):
         """The resolved configuration as YAML, which `load_config` reads back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # an ordinary autoregressive model: blocks of one token
-    "ar": {"layout": {"kind": "ar"}},
-    # masked diffusion over the whole text (MDLM, arXiv 2406.07524): one block, logits at the token's own place
-    "mdlm": {"layout": {"kind": "full"}, "model": {"prediction": "same"}, "noise": {"kind": "bernoulli"}},
-    # Adaptive Block Diffusion (arXiv 2606.29275): a distribution over layouts, the context read causally
-    "abd": {"layout": {"kind": "scale_mixture", "max_size": 32, "atoms": {4: 0.1, 8: 0.1, 16: 0.1}}},
-}
 
 _TAGGED: dict[str, Any] = {**DISTRIBUTIONS, **NOISES}  # kinds stand in pydantic's places but not in a user's keys
 
@@ -191,7 +193,7 @@ def make_config(tree: dict[str, Any], where: str = "config") -> RunConfig:
     if preset is not None:
         if preset not in PRESETS:
             raise ConfigError(f"{where}: preset {preset!r} is unknown; {_nearest(preset, PRESETS)}")
-        tree = _merge(PRESETS[preset], tree)
+        tree = _merge(PRESETS[preset].tree, tree)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:

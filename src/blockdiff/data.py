@@ -208,6 +208,25 @@ def cut(documents: Iterable[Document], length: int) -> tuple[list[Document], int
     return out, changed
 
 
+def fill_end(document: Document, multiple: int, length: int, end_ids: Sequence[int]) -> Document:
+    """The end token repeated, scored, until the last span is a multiple of `multiple` (or the document has `length`).
+
+    Decoding opens a block without knowing where in it the text will end; a last block cut at the end would tell. A
+    document that does not end with an end token (it was cut) stays as it is.
+    """
+    last = len(document) - int(np.argmin(document.prompt[::-1]))  # what a template puts after the last turn is dropped
+    if document.ids[last - 1] not in end_ids:
+        return document
+    given = np.flatnonzero(document.prompt[:last])
+    span = last - 1 - int(given[-1]) if len(given) else last
+    more = max(min(-span % multiple, length - last), 0)
+    return Document(
+        np.concatenate([document.ids[:last], np.repeat(document.ids[last - 1 : last], more)]),
+        np.concatenate([document.prompt[:last], np.zeros(more, dtype=np.bool_)]),
+        document.name,
+    )
+
+
 def pack(documents: Sequence[Document], length: int) -> list[list[Document]]:
     """Documents put into rows of at most `length` tokens: best fit, longest first. No document is split."""
     open_rows: list[tuple[int, int]] = []  # (room left, row), sorted

@@ -10,12 +10,15 @@ from blockdiff.layout import Layout, Spans, TokenMap
 from blockdiff.masks import CleanContext, Visibility
 from blockdiff.noise import ExactCount
 from blockdiff.objectives import Alignment, block_numbers, maskable, two_streams
+from blockdiff.presets import PRESETS
 
 
 def explanation(config: RunConfig, seed: int = 0) -> str:
-    """The resolved keys, the token shares of the block sizes, and the mask of a short document."""
+    """The preset's words, the resolved keys, the token shares of the block sizes, and the mask of a short document."""
+    about = [f"{config.preset}: {PRESETS[config.preset].about}", ""] if config.preset else []
     return "\n".join(
         [
+            *about,
             config.dump(),
             "share of the tokens by block size, in a document of data.length tokens:",
             shares(config.layout, config.data.length - 1),

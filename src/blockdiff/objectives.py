@@ -130,6 +130,24 @@ def block_numbers(tokens: TokenMap, chosen: Tensor) -> Tensor:
     return torch.unique_consecutive((tokens.block + rows)[chosen], return_inverse=True)[1]
 
 
+def one_active(tokens: TokenMap, u: Tensor) -> tuple[TokenMap, Tensor]:
+    """One block of every document left to be denoised, the others' tokens given; and how many blocks each has [D].
+
+    u [D] uniform in (0, 1) chooses. With the loss times the number of blocks this is Blockwise SFT's estimate
+    (arXiv 2508.19529) of what all blocks together give: in a block-structured model a block's loss does not depend on
+    whether others are denoised beside it.
+    """
+    scored = tokens.scored
+    number = block_numbers(tokens, scored)
+    doc = tokens.doc[scored]
+    doc_of_block = torch.zeros(int(number.max()) + 1, dtype=torch.int64, device=doc.device).index_copy(0, number, doc)
+    blocks = torch.bincount(doc_of_block, minlength=len(u))
+    chosen = blocks.cumsum(0) - blocks + (u.to(doc.device) * blocks).long()
+    active = torch.zeros_like(scored)
+    active[scored] = number == chosen[doc]
+    return replace(tokens, prompt=tokens.prompt | ~active), blocks
+
+
 def two_streams(
     ids: Tensor,
     tokens: TokenMap,

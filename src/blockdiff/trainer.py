@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -36,6 +36,7 @@ from blockdiff.objectives import (
     Weighting,
     block_numbers,
     maskable,
+    one_active,
     score,
     token_losses,
     two_streams,
@@ -48,6 +49,7 @@ _CURRICULUM_FILE = "curriculum.json"
 Validate = Callable[[BlockDiffusionModel], dict[str, float]]
 
 
+Active = Literal["all", "one"]
 Observe = Callable[[Corruption, Tensor, Tensor], None]
 
 
@@ -56,7 +58,7 @@ class Objective:
     """What a step draws and what it minimises.
 
     draws: noise draws that share one clean pass; complementary: two of them, of which the second masks what the first
-    leaves.
+    leaves. active: every block of a document in one pass, or one random block (`objectives.one_active`).
     """
 
     layout: LayoutDistribution
@@ -65,6 +67,7 @@ class Objective:
     ar_weight: float = 0.0
     draws: int = 1
     complementary: bool = False
+    active: Active = "all"
 
     def is_bound(self, alignment: Alignment) -> bool:
         """Whether the blocks' loss is, in expectation, a bound on the negative log-likelihood."""
@@ -86,10 +89,14 @@ class Objective:
         ids, doc, prompt = batch["input_ids"], batch["doc"], batch["prompt"]
         spans = Spans.of(doc, prompt)
         tokens = TokenMap.build(doc, prompt, spans.place(self.layout.draw(spans.lengths, generator)))
-        block = block_numbers(tokens, maskable(tokens, alignment))
+        documents = int(doc.max()) + 1
+        denoised, blocks = tokens, torch.ones((), device=doc.device)
+        if self.active == "one":
+            denoised, blocks = one_active(tokens, torch.rand(documents, generator=generator))
+        block = block_numbers(denoised, maskable(denoised, alignment))
         draws = self._noise(block, generator)
         stream = two_streams(
-            ids, tokens, draws, alignment, mask_id, weighting=self.weighting, with_ar=self.ar_weight > 0
+            ids, denoised, draws, alignment, mask_id, weighting=self.weighting, with_ar=self.ar_weight > 0
         )
         losses = token_losses(model(stream.ids, stream.tokens, read=stream.reads.index), stream.reads)
         if observe is not None:
@@ -98,7 +105,8 @@ class Objective:
                 count = int(draw.masked.sum())
                 observe(draw, losses[at : at + count], block)
                 at += count
-        return score(losses, stream.reads, tokens, int(doc.max()) + 1)
+        terms = score(losses, stream.reads, tokens, documents)
+        return replace(terms, blocks=terms.blocks * blocks, ar=terms.ar * blocks)
 
     def _noise(self, block: Tensor, generator: Generator) -> list[Corruption]:
         if self.complementary:
