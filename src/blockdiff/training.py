@@ -58,8 +58,12 @@ class RunDirectory:
         return self.path / "results" / f"{name}.json"
 
     def difference(self, config: RunConfig) -> str | None:
-        """The first key, dotted, whose value here differs from `config`'s; None where none does."""
-        return _difference(yaml.safe_load(self.config.read_text()), yaml.safe_load(config.dump()), "")
+        """The first key, dotted, whose value here differs from `config`'s; None where none does.
+
+        Where the run lies (`output`) is no difference: a run may have been moved.
+        """
+        saved, now = yaml.safe_load(self.config.read_text()), yaml.safe_load(config.dump())
+        return _difference({**saved, "output": ""}, {**now, "output": ""}, "")
 
     def clear(self) -> None:
         """Remove what an earlier run left, so that nothing of it is taken for the new one's."""

@@ -77,7 +77,7 @@ def _comparisons(summary: Summary) -> tuple[list[str], list[list[str]]]:
             f"{test['setting']} − {test['baseline']}",
             _place(test["block_size"], test["offset"]),
             f"{test['mean']:+.4f}" + ("" if test["se"] is None else f" ± {test['se']:.4f}"),
-            "" if test["ci"] is None else "{:+.4f} – {:+.4f}".format(*test["ci"]),
+            "" if test["ci"] is None else "{:+.4f} to {:+.4f}".format(*test["ci"]),
             "" if test["t"] is None else f"{test['t']:.2f}",
             "" if test["p"] is None else f"{test['p']:.2g}",
             str(test["n"]),
@@ -134,7 +134,7 @@ def _markdown_table(header: list[str], lines: list[list[str]]) -> list[str]:
 def _rich_table(header: list[str], lines: list[list[str]]) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in header:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", overflow="fold")
     for line in lines:
         table.add_row(*line)
     return table
