@@ -197,7 +197,7 @@ def test_a_run_that_diverged_is_a_failure(tmp_path, capsys):
     file = experiment(tmp_path, settings={"wild": {"train.learning_rate": 1e30}}, compare=[], seeds=[0])
     code, _, error = run("experiment", file, "--set", "config.train.steps=3", capsys=capsys)
     assert code == 1
-    print(error)
+    assert "failed: wild/seed0: UnsupportedModel: llama: the logits are not finite" in error
 
 
 def test_a_failing_run_stops_nothing_else(tmp_path, capsys):
