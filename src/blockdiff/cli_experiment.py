@@ -26,7 +26,8 @@ def experiment(
     """Train and measure every setting of an experiment with every seed, and sum them up with tests and a plot.
 
     What is finished is kept and what was killed goes on, so the same command is also the way to resume. The output
-    holds summary.json, summary.md and bounds.png; the exit code is 1 where a run failed.
+    holds summary.json, summary.md and bounds.png; a run that failed
+    leaves error.txt in its directory, stops no other, and makes the exit code 1.
     """
     from blockdiff.experiment import load_experiment, render, run_experiment, summarise
     from blockdiff.files import write_json, write_text

@@ -72,7 +72,8 @@ def sample_documents(
         raise ValueError("the tokenizer puts no beginning token before a text, so there is nothing to sample from")
     if max_new_tokens is not None and not 1 <= max_new_tokens <= room:
         raise ValueError(f"{max_new_tokens} new tokens are not possible: the model scores 1 to {room} at once")
-    outputs: list[Output] = []
+    kept: list[tuple[str, Document]] = []
+    ended = 0
     for start in range(0, documents, batch):
         requests = [
             Request(
@@ -86,23 +87,22 @@ def sample_documents(
             )
             for number in range(start, min(start + batch, documents))
         ]
-        outputs += generate(model, requests)
+        whole = [output for output in generate(model, requests) if output.finish_reason == "end"]
+        ended += len(whole)
+        kept += [(output.text, found) for output in whole if (found := _document(model, prompt, output)) is not None]
         if on_progress is not None:
-            on_progress(len(outputs) / documents)
-    ended = [output for output in outputs if output.finish_reason == "end"]
-    kept = [(output, document) for output in ended if (document := _document(model, prompt, output)) is not None]
+            on_progress(min(start + batch, documents) / documents)
     nll = document_nll(model, [document for _, document in kept])
     rows: list[dict[str, Any]] = [
-        {"text": output.text, "n": document.scored, "nll": value}
-        for (output, document), value in zip(kept, nll, strict=True)
+        {"text": text, "n": document.scored, "nll": value} for (text, document), value in zip(kept, nll, strict=True)
     ]
     write_lines(file, rows)
     tokens = sum(row["n"] for row in rows)
     return Sampled(
         documents=documents,
         written=len(rows),
-        without_end=len(outputs) - len(ended),
-        not_reencoded=len(ended) - len(kept),
+        without_end=documents - ended,
+        not_reencoded=ended - len(rows),
         tokens=tokens,
         nats_per_token=sum(nll) / tokens if tokens else None,
     )

@@ -53,12 +53,12 @@ def read_questions(paths: Sequence[Path]) -> list[Question]:
     for path in paths:
         for name, row in read_rows(path):
             prompt, answer = row.get("prompt"), row.get("answer", row.get("completion"))
-            if not isinstance(prompt, str) or not isinstance(answer, str | int):
+            if not isinstance(prompt, str) or not isinstance(answer, str | int | float):
                 raise DataError(
                     f"{name}: a question needs a prompt, and an answer or a completion that ends in #### 42"
                 )
             try:
-                exact_match("", answer)
+                exact_match("", str(answer))
             except ValueError as error:
                 raise DataError(f"{name}: {error}") from error
             questions.append(Question(prompt, str(answer)))

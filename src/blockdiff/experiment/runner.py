@@ -11,6 +11,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ def run_experiment(
 ) -> dict[str, str]:
     """Bring every run (of the settings in `only`, if given) to its end; returns {run: error} of those that failed.
 
-    A finished run is left as it is, an unfinished one goes on from its last checkpoint. Raises ConfigError, before
-    anything is trained, where a run was made with another configuration, unless `overwrite` says to train it anew.
+    A finished run is left as it is, an unfinished one goes on from its last checkpoint, and one that fails leaves its
+    traceback in error.txt of its directory. Raises ConfigError, before anything is trained, where a run was made with
+    another configuration, unless `overwrite` says to train it anew.
     """
     for label in only:
         if label not in experiment.settings:
@@ -58,7 +60,8 @@ def run_experiment(
             _finish(run, experiment.evaluate, f"[{number}/{len(chosen)}] {run.name}", say)
         except Exception as error:  # whatever a run dies of, the others' hours are not lost with it
             failed[run.name] = " ".join(f"{type(error).__name__}: {error}".split())
-            write_text(_trace(run), traceback.format_exc())
+            with suppress(OSError):  # such as the full disk that it died of
+                write_text(_trace(run), traceback.format_exc())
             say(f"[{number}/{len(chosen)}] {run.name}: failed: {failed[run.name]}")
     return failed
 
