@@ -27,8 +27,13 @@ STAND_INS = {
     "../shared/models/stories260K": "my-model",
     "../shared/data/stories-synthetic/train.jsonl.gz": "my-text.jsonl",
     "../shared/data/stories-synthetic/valid.jsonl.gz": "my-valid.jsonl",
+    "runs/data/arithmetic/valid.jsonl": "my-questions.jsonl",
 }
 BUDGET = "--set train.steps=2 --set train.tokens=null --set train.minutes=null --set data.length=64 --set train.rows=2"
+SMALL_EXPERIMENT = (
+    "--set config.train.steps=2 --set config.train.tokens=null --set config.data.limit=20 --set seeds=[0] "
+    "--set evaluate.block_sizes=[1,4] --set evaluate.documents=4 --only scale_mixture"
+)
 ELSEWHERE = (
     "make ",
     "git clone",
@@ -66,6 +71,7 @@ def test_python_examples_print_what_is_shown(page, trained, tmp_path, monkeypatc
 def workspace(folder: Path, trained: Path) -> None:
     """The files that the pages speak of: a model, a run, texts and chats."""
     shutil.copytree(ROOT / "configs", folder / "configs")
+    shutil.copytree(ROOT / "experiments", folder / "experiments")
     shutil.copytree(trained, folder / "runs" / "demo")
     shutil.copytree(trained, folder / "runs" / "adapt" / "before")
     tokenizer = load_tokenizer(trained / "checkpoint")
@@ -77,6 +83,7 @@ def workspace(folder: Path, trained: Path) -> None:
     train.rename(folder / "my-text.jsonl")
     valid.rename(folder / "my-valid.jsonl")
     row = {"prompt": "the cat sat on", "completion": " the mat ."}
+    (folder / "my-questions.jsonl").write_text('{"prompt": "one and one", "answer": "2"}\n' * 4)
     (folder / "my-pairs.jsonl").write_text((json.dumps(row) + "\n") * 8)
 
 
@@ -95,6 +102,8 @@ def test_commands_run(trained, tmp_path):
                     command = command.replace(name, stand_in)
                 if command.startswith("blockdiff train"):
                     command += f" {BUDGET} --overwrite"
+                if command.startswith("blockdiff experiment"):
+                    command += f" {SMALL_EXPERIMENT}"
                 if command.startswith("blockdiff demo"):
                     command += " --minutes 0.02"
                 done = subprocess.run(

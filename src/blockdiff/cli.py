@@ -9,7 +9,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+
+from blockdiff import cli_data, cli_experiment
+from blockdiff.cli_options import (
+    BlockSize,
+    Changes,
+    JsonFile,
+    LeftBias,
+    ModelPath,
+    PerStep,
+    PolicyName,
+    Seed,
+    Threshold,
+    chosen_policy,
+    err,
+    load_model,
+    out,
+    whole_numbers,
+    write_result,
+)
 
 if TYPE_CHECKING:
     from blockdiff.api import Model
@@ -25,12 +43,6 @@ app = typer.Typer(
 )
 evaluations = typer.Typer(help="Measure a model, with standard errors.", no_args_is_help=True)
 app.add_typer(evaluations, name="eval")
-out, err = Console(), Console(stderr=True)
-
-Seed = Annotated[int, typer.Option(help="Seed of every random number.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON to this file.")]
-ModelPath = Annotated[str, typer.Argument(help="Checkpoint directory, or a Hugging Face hub name.")]
-Changes = Annotated[list[str] | None, typer.Option("--set", help="Change a key, e.g. --set data.length=256.")]
 
 
 @app.command()
@@ -43,7 +55,7 @@ def demo(
     """The whole way in a few minutes, on text that every Python carries: train, adapt, measure, generate, report."""
     from blockdiff.demo import run_demo
 
-    _write(json_file, run_demo(output, minutes=minutes, seed=seed, console=out))
+    write_result(json_file, run_demo(output, minutes=minutes, seed=seed, console=out))
 
 
 @app.command()
@@ -68,7 +80,7 @@ def train(
     if bounds:
         out.print(report.bound_table(bounds["rows"]))
     out.print(f"model: {run.checkpoint}\nreport: {page}")
-    _write(json_file, bounds or json.loads(run.result("train").read_text()))
+    write_result(json_file, bounds or json.loads(run.result("train").read_text()))
 
 
 @app.command()
@@ -89,11 +101,11 @@ def generate(
     path: ModelPath,
     prompt: Annotated[list[str], typer.Option("--prompt", help="Text to continue; give it several times for a batch.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
-    block_size: Annotated[int | None, typer.Option(help="Tokens denoised together; default: the checkpoint's.")] = None,
-    policy: Annotated[str, typer.Option(help="threshold, fixed_count or random_order.")] = "threshold",
-    threshold: Annotated[float | None, typer.Option(help="Fill every position at least this certain.")] = None,
-    per_step: Annotated[int | None, typer.Option(help="Fill at least this many positions a step.")] = None,
-    left_bias: Annotated[float | None, typer.Option(help="Left bias of a random order; 0: uniform.")] = None,
+    block_size: BlockSize = None,
+    policy: PolicyName = "threshold",
+    threshold: Threshold = None,
+    per_step: PerStep = None,
+    left_bias: LeftBias = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw from the k most likely tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw from the smallest set with this probability; 1: all.")] = 1.0,
@@ -103,16 +115,12 @@ def generate(
     json_file: JsonFile = None,
 ) -> None:
     """Continue a prompt, several tokens at a time."""
-    from dataclasses import replace
-
-    from blockdiff.api import named_policy
     from blockdiff.decode import Sampling
     from blockdiff.runtime import record
 
-    own: dict[str, Any] = {"threshold": threshold, "per_step": per_step, "left_bias": left_bias}
-    chosen = replace(named_policy(policy), **{name: value for name, value in own.items() if value is not None})
+    chosen = chosen_policy(policy, threshold, per_step, left_bias)
     sampling = Sampling(temperature, top_k, top_p)
-    model = _load(path)
+    model = load_model(path)
     single = len(prompt) == 1
     show = _StepPrinter(model) if show_steps else None
     if single and not show_steps:
@@ -142,7 +150,7 @@ def generate(
         )
     results = [output.to_json() for output in outputs]
     contents: dict[str, Any] = results[0] if single else {"outputs": results}
-    _write(json_file, record("generate", seed, prompts=prompt, **contents))
+    write_result(json_file, record("generate", seed, prompts=prompt, **contents))
 
 
 @evaluations.command("bound")
@@ -166,8 +174,8 @@ def eval_bound(
     from blockdiff.api import documents_of
     from blockdiff.runtime import record
 
-    sizes, shifts = _numbers(block_sizes, "--block-sizes"), _numbers(offsets, "--offsets")
-    model = _load(path)
+    sizes, shifts = whole_numbers(block_sizes, "--block-sizes"), whole_numbers(offsets, "--offsets")
+    model = load_model(path)
     bad_rows: BadRows = "skip" if skip_bad_rows else "error"
     documents = [document for file in data for document in documents_of(model, file, bad_rows)][:limit]
     with Bar(console=err, transient=True, disable=not err.is_terminal) as bar:
@@ -185,7 +193,7 @@ def eval_bound(
         )
     results = [row.to_json() for row in rows]
     out.print(report.bound_table(results))
-    _write(json_file, record("eval bound", seed, model=path, data=[str(file) for file in data], rows=results))
+    write_result(json_file, record("eval bound", seed, model=path, data=[str(file) for file in data], rows=results))
 
 
 @app.command("report")
@@ -194,6 +202,12 @@ def make_report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> 
     from blockdiff import report
 
     out.print(f"report: {report.write(run)}")
+
+
+app.add_typer(cli_data.data, name="data")
+app.command()(cli_experiment.experiment)
+app.command()(cli_data.sample)
+evaluations.command("generation")(cli_data.eval_generation)
 
 
 @app.callback(invoke_without_command=True)
@@ -234,29 +248,6 @@ def _complain(error: BaseException, code: int) -> int:
         raise error
     err.print(f"blockdiff: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
     return code
-
-
-def _load(path: str) -> Model:
-    from blockdiff.api import load
-
-    model = load(path)
-    for note in model.notes:
-        err.print(f"note: {note}", style="dim", markup=False)
-    return model
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{option} {text}: give whole numbers with commas between them, e.g. 1,4,16") from None
-
-
-def _write(path: Path | None, contents: Any) -> None:
-    if path is not None:
-        from blockdiff.files import write_json
-
-        write_json(path, contents)
 
 
 def _stream(number: int, piece: str) -> None:

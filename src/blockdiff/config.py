@@ -113,7 +113,7 @@ class TrainConfig(_Group):
 class EvalConfig(_Group):
     """The bound on the validation set during training and at its end."""
 
-    block_sizes: list[int] = [1, 4, 16]
+    block_sizes: list[int] = Field([1, 4, 16], description="empty: no validation")
     documents: int = Field(64, ge=1, description="validation documents used during training")
     draws: int = Field(2, ge=1)
     every: int | None = Field(None, ge=1, description="steps between validations; none: only the end")
@@ -170,6 +170,17 @@ _TAGGED: dict[str, Any] = {**DISTRIBUTIONS, **NOISES}  # kinds stand in pydantic
 
 def load_config(path: str | Path, changes: list[str] | None = None, **extra: Any) -> RunConfig:
     """Read a YAML file and apply `--set` changes ("data.length=256", values in YAML). Raises ConfigError."""
+    tree = read_tree(path)
+    for change in changes or []:
+        apply_change(tree, change)
+    for dotted, value in extra.items():
+        if value is not None:
+            put(tree, dotted.replace("__", "."), value)
+    return make_config(tree, str(path))
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """The keys of a YAML file, not yet validated. Raises ConfigError."""
     file = Path(path)
     if not file.exists():
         raise ConfigError(f"{path}: no such config file")
@@ -179,12 +190,7 @@ def load_config(path: str | Path, changes: list[str] | None = None, **extra: Any
         raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a config is a mapping of keys to values")
-    for change in changes or []:
-        _apply(tree, change)
-    for dotted, value in extra.items():
-        if value is not None:
-            _put(tree, dotted.split("__"), value)
-    return make_config(tree, str(path))
+    return tree
 
 
 def make_config(tree: dict[str, Any], where: str = "config") -> RunConfig:
@@ -192,27 +198,32 @@ def make_config(tree: dict[str, Any], where: str = "config") -> RunConfig:
     preset = tree.get("preset")
     if preset is not None:
         if preset not in PRESETS:
-            raise ConfigError(f"{where}: preset {preset!r} is unknown; {_nearest(preset, PRESETS)}")
+            raise ConfigError(f"{where}: preset {preset!r} is unknown; {nearest(preset, PRESETS)}")
         tree = _merge(PRESETS[preset].tree, tree)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_sentence(error)}") from error
+        raise ConfigError(f"{where}: {sentence(error, RunConfig)}") from error
 
 
-def _apply(tree: dict[str, Any], change: str) -> None:
+def apply_change(tree: dict[str, Any], change: str) -> None:
+    """Apply one `--set` change ("data.length=256", the value in YAML) to a tree. Raises ConfigError."""
     key, equals, value = change.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {change}: write it as key.subkey=value")
-    _put(tree, key.split("."), yaml.safe_load(value))
+    try:
+        put(tree, key, yaml.safe_load(value))
+    except ConfigError as error:
+        raise ConfigError(f"--set {error}") from error
 
 
-def _put(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    *parents, last = keys
+def put(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set the value at a dotted key, making the groups on the way. Raises ConfigError where one of them is a value."""
+    *parents, last = dotted.split(".")
     for key in parents:
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
-            raise ConfigError(f"--set {'.'.join(keys)}: {key} is a value, not a group of keys")
+            raise ConfigError(f"{dotted}: {key} is a value, not a group of keys")
     tree[last] = value
 
 
@@ -225,14 +236,14 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _sentence(error: ValidationError) -> str:
-    """The first problem as one line."""
+def sentence(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first problem with a tree that should have been a `root`, as one line."""
     unknown = ("extra_forbidden", "unexpected_keyword_argument")
     problem = min(error.errors(), key=lambda p: p["type"] not in unknown)
     place = [str(part) for part in problem["loc"]]
     key = ".".join(part for part in place if part not in _TAGGED) or "the configuration"
     if problem["type"] in unknown:
-        return f"unknown key {key}; {_nearest(place[-1], _keys_beside(place))}"
+        return f"unknown key {key}; {nearest(place[-1], _keys_beside(place, root))}"
     if problem["type"] == "missing":
         return f"{key} is missing; set it in the file or with --set {key}=..."
     if problem["type"].startswith("union_tag"):
@@ -243,9 +254,9 @@ def _sentence(error: ValidationError) -> str:
     return f"{key}: {message}" + (f" (got {problem['input']!r})" if not isinstance(problem["input"], dict) else "")
 
 
-def _keys_beside(place: list[str]) -> list[str]:
+def _keys_beside(place: list[str], root: type[BaseModel]) -> list[str]:
     """Keys that would have been right where an unknown one stands."""
-    group: Any = RunConfig
+    group: Any = root
     for part in place[:-1]:
         if isinstance(group, type) and issubclass(group, BaseModel) and part in group.model_fields:
             group = group.model_fields[part].annotation
@@ -256,7 +267,8 @@ def _keys_beside(place: list[str]) -> list[str]:
     return list(getattr(group, "__dataclass_fields__", {}))
 
 
-def _nearest(word: str, known: Any) -> str:
+def nearest(word: str, known: Any) -> str:
+    """ "did you mean ...?" with the closest of the known names, or all of them."""
     names = list(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(names)}"

@@ -52,6 +52,11 @@ def _influence(model: BlockDiffusionModel) -> tuple[Tensor, TokenMap]:
     logits = model(rows.to(model.device), batch).view(slots + 2, slots, -1).float()
     if model.spec.mask_id is not None:
         logits[..., model.spec.mask_id] = 0
+    if not logits.isfinite().all():
+        raise UnsupportedModel(
+            f"{model.backbone.config.model_type}: the logits are not finite; these weights are broken, as after a "
+            "training that diverged"
+        )
     moved = (logits - logits[0]).abs().amax(-1).cpu()
     return (moved[2:].T - moved[1][:, None]).clamp(min=0), tokens
 

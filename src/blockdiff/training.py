@@ -57,6 +57,14 @@ class RunDirectory:
     def result(self, name: str) -> Path:
         return self.path / "results" / f"{name}.json"
 
+    def difference(self, config: RunConfig) -> str | None:
+        """The first key, dotted, whose value here differs from `config`'s; None where none does.
+
+        Where the run lies (`output`) is no difference: a run may have been moved.
+        """
+        saved, now = yaml.safe_load(self.config.read_text()), yaml.safe_load(config.dump())
+        return _difference({**saved, "output": ""}, {**now, "output": ""}, "")
+
     def clear(self) -> None:
         """Remove what an earlier run left, so that nothing of it is taken for the new one's."""
         for name in ("trainer", "results", "figures", "checkpoint"):
@@ -127,7 +135,7 @@ def train(
             "train", config.seed, steps=steps, seconds=seconds, tokens=int(tokens), tokens_per_second=tokens / seconds
         ),
     )
-    if valid:
+    if valid and config.eval.block_sizes:
         measure(run, bridge, valid, config.eval.block_sizes, draws=max(config.eval.draws, 4), seed=config.seed)
     return run
 
@@ -146,7 +154,7 @@ def _prepare(run: RunDirectory, config: RunConfig, resume: bool, overwrite: bool
     """Make the run directory; returns the checkpoint to go on from, if there is one."""
     found = last_checkpoint(run.trainer)
     if resume:
-        if run.config.exists() and (key := _difference(yaml.safe_load(run.config.read_text()), config)):
+        if run.config.exists() and (key := run.difference(config)):
             raise ConfigError(f"--resume: {key} differs from {run.config}; a resumed run must keep its configuration")
     elif (run.checkpoint.exists() or found) and not overwrite:
         raise ConfigError(
@@ -165,21 +173,15 @@ def _prepare(run: RunDirectory, config: RunConfig, resume: bool, overwrite: bool
     return found
 
 
-def _difference(saved: object, config: RunConfig) -> str | None:
-    """The first key whose value differs, dotted."""
-    now = yaml.safe_load(config.dump())
-
-    def walk(a: object, b: object, place: str) -> str | None:
-        if isinstance(a, dict) and isinstance(b, dict):
-            found = (walk(a.get(key), b.get(key), f"{place}.{key}".lstrip(".")) for key in {**a, **b})
-            return next((key for key in found if key), None)
-        return None if a == b else place
-
-    return walk(saved, now, "")
+def _difference(saved: object, now: object, place: str) -> str | None:
+    if isinstance(saved, dict) and isinstance(now, dict):
+        found = (_difference(saved.get(key), now.get(key), f"{place}.{key}".lstrip(".")) for key in {**saved, **now})
+        return next((key for key in found if key), None)
+    return None if saved == now else place
 
 
 def _validator(config: RunConfig, valid: Corpus | None) -> Callable[[BlockDiffusionModel], dict[str, float]] | None:
-    if valid is None:
+    if valid is None or not config.eval.block_sizes:
         return None
     documents = valid.documents[: config.eval.documents]
 

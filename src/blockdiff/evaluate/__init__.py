@@ -1,5 +1,15 @@
 """Measures of a model, with standard errors."""
 
-from blockdiff.evaluate.bounds import BoundRow, bound, unigram
+from blockdiff.evaluate.bounds import BoundRow, bound, document_nll, unigram
+from blockdiff.evaluate.generation import GenerationRow, Question, answer_questions, read_questions
 
-__all__ = ["BoundRow", "bound", "unigram"]
+__all__ = [
+    "BoundRow",
+    "GenerationRow",
+    "Question",
+    "answer_questions",
+    "bound",
+    "document_nll",
+    "read_questions",
+    "unigram",
+]

@@ -100,7 +100,7 @@ def bound(
     plan = [(size, offset) for size in block_sizes for offset in offsets if offset == 0 or offset < size]
     rows: list[BoundRow] = []
     first: tuple[Tensor, Tensor] | None = None
-    room = batch_tokens or min(8192, 2**28 // model.vocabulary)
+    room = batch_tokens or _room(model)
     was_training = model.training
     model.eval()
     for done, (size, offset) in enumerate(plan):
@@ -117,6 +117,21 @@ def bound(
         rows.append(measured.row(sums, counts, first))
     model.train(was_training)
     return rows
+
+
+def document_nll(model: BlockDiffusionModel, documents: Sequence[Document]) -> list[float]:
+    """Summed negative log-likelihood in nats of each document at block size 1, where the bound is exact."""
+    if not documents:
+        return []
+    _check(model, documents, [1], [0], 1, False)
+    was_training = model.training
+    model.eval()
+    pieces = list(_pieces(model, documents, 1, 0))
+    measured = _Measurement(model, 1, 0, 1, False, 0).run(pieces, _room(model), lambda done: None)
+    model.train(was_training)
+    found = torch.zeros(len(documents), dtype=torch.float64)
+    found.index_add_(0, torch.tensor([piece.index for piece in measured.pieces]), torch.cat(measured.totals, 1)[0])
+    return [float(value) for value in found]
 
 
 def unigram(train: Sequence[Document], documents: Sequence[Document], vocabulary: int) -> float:
@@ -344,6 +359,11 @@ def _pieces(model: BlockDiffusionModel, documents: Sequence[Document], size: int
 def window_length(model: BlockDiffusionModel) -> int:
     """Tokens that the model sees at once when it is scored: what it was trained on, as far as it can address them."""
     return min(model.spec.trained_length or model.context_length, model.context_length)
+
+
+def _room(model: BlockDiffusionModel) -> int:
+    """Two-stream tokens of a pass: their logits stay below a quarter of a billion numbers."""
+    return min(8192, 2**28 // model.vocabulary)
 
 
 def _batches(pieces: list[_Piece], batch_tokens: int) -> Iterator[list[_Piece]]:

@@ -1,0 +1,141 @@
+"""Commands that make data (`data ...`, `sample`) and score answers (`eval generation`)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blockdiff.cli_options import (
+    BlockSize,
+    JsonFile,
+    ModelPath,
+    PerStep,
+    PolicyName,
+    Seed,
+    Threshold,
+    chosen_policy,
+    err,
+    load_model,
+    out,
+    write_result,
+)
+
+data = typer.Typer(help="Make data to train and to measure on.", no_args_is_help=True)
+Folder = Annotated[Path, typer.Option("--out", help="Directory of train.jsonl and valid.jsonl.")]
+
+
+@data.command()
+def arithmetic(
+    output: Folder,
+    train: Annotated[int, typer.Option(help="Training problems.", min=0)] = 10000,
+    valid: Annotated[int, typer.Option(help="Validation problems; none is among the training's.", min=0)] = 500,
+    seed: Seed = 0,
+) -> None:
+    """Arithmetic word problems, worked out step by step, that end in `#### answer`."""
+    from blockdiff.arithmetic import write_arithmetic
+
+    for file in write_arithmetic(output, train=train, valid=valid, seed=seed):
+        out.print(f"data: {file}", soft_wrap=True)
+
+
+@data.command()
+def topics(output: Folder) -> None:
+    """The text that every Python carries (`pydoc_data.topics`), a tenth of its sections held out."""
+    from blockdiff.demo import write_data
+
+    for file in write_data(output):
+        out.print(f"data: {file}", soft_wrap=True)
+
+
+def sample(
+    path: ModelPath,
+    documents: Annotated[int, typer.Option(help="Documents to draw; those that cannot be kept are counted.", min=1)],
+    output: Annotated[Path, typer.Option("--out", help="File to write: .jsonl or .jsonl.gz.")],
+    block_size: Annotated[int, typer.Option(help="1: the AR model; larger: the random-order sampler.", min=1)] = 1,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest document; default: what the model reads.")] = None,
+    batch: Annotated[int, typer.Option(help="Documents drawn at once; changes nothing but the speed.", min=1)] = 64,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Draw documents from a model at temperature 1, with their NLL: data whose entropy is known."""
+    from rich.progress import Progress as Bar
+
+    from blockdiff.runtime import record
+    from blockdiff.sample import sample_documents
+
+    model = load_model(path)
+    with Bar(console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("sampling", total=1.0)
+        sampled = sample_documents(
+            model,
+            documents,
+            output,
+            block_size=block_size,
+            max_new_tokens=max_new_tokens,
+            batch=batch,
+            seed=seed,
+            on_progress=lambda done: bar.update(task, completed=done),
+        )
+    out.print(f"{output}: {sampled.words()}", highlight=False, markup=False, soft_wrap=True)
+    write_result(json_file, record("sample", seed, model=path, out=str(output), rows=[asdict(sampled)]))
+
+
+def eval_generation(
+    path: ModelPath,
+    data: Annotated[list[Path], typer.Option(help="Rows with prompt and answer (or a completion); repeatable.")],
+    block_size: BlockSize = None,
+    policy: PolicyName = "threshold",
+    threshold: Threshold = None,
+    per_step: PerStep = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 256,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many questions.", min=1)] = None,
+    batch: Annotated[int, typer.Option(help="Questions decoded at once.", min=1)] = 32,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Share of questions whose answer's last `#### number` is right, with a 95 % interval, and the decoding's speed."""
+    from rich.progress import Progress as Bar
+
+    from blockdiff.decode import Sampling
+    from blockdiff.engine import Request
+    from blockdiff.evaluate import answer_questions, read_questions
+    from blockdiff.runtime import record
+
+    questions = read_questions(data)[:limit]
+    chosen = chosen_policy(policy, threshold, per_step)
+    model = load_model(path)
+    form = Request(
+        prompt=(0,),
+        max_new_tokens=max_new_tokens,
+        block_size=model.spec.default_block_size if block_size is None else block_size,
+        policy=chosen,
+        sampling=Sampling(temperature),
+        seed=seed,
+    )
+    with Bar(console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("answering", total=1.0)
+        row, outputs = answer_questions(
+            model, questions, form, batch=batch, on_progress=lambda done: bar.update(task, completed=done)
+        )
+    low, high = row.exact_match_ci
+    out.print(
+        f"block size {row.block_size}: {row.correct} of {row.n} right, {row.exact_match:.1%} ({low:.1%} – {high:.1%}); "
+        f"{row.unanswered} without ####, {row.unended} without an end; {row.mean_tokens:.1f} tokens an answer, "
+        f"{row.tokens_per_forward:.2f} tokens per forward with commits",
+        highlight=False,
+        soft_wrap=True,
+    )
+    answers = [
+        {"answer": question.answer, "text": output.text, "tokens": len(output.tokens), "forwards": output.forwards}
+        for question, output in zip(questions, outputs, strict=True)
+    ]
+    settings = {"policy": asdict(chosen), "sampling": asdict(form.sampling), "max_new_tokens": max_new_tokens}
+    files = [str(file) for file in data]
+    write_result(
+        json_file,
+        record("eval generation", seed, model=path, data=files, **settings, rows=[row.to_json()], outputs=answers),
+    )

@@ -1,0 +1,61 @@
+"""What the commands share: their common options, the consoles, loading a model, writing a result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from blockdiff.api import Model
+    from blockdiff.decode import Policy
+
+out, err = Console(), Console(stderr=True)
+
+Seed = Annotated[int, typer.Option(help="Seed of every random number.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON to this file.")]
+ModelPath = Annotated[str, typer.Argument(help="Checkpoint directory, or a Hugging Face hub name.")]
+Changes = Annotated[list[str] | None, typer.Option("--set", help="Change a key, e.g. --set data.length=256.")]
+BlockSize = Annotated[int | None, typer.Option(help="Tokens denoised together; default: the checkpoint's.")]
+PolicyName = Annotated[str, typer.Option("--policy", help="threshold, fixed_count or random_order.")]
+Threshold = Annotated[float | None, typer.Option(help="Fill every position at least this certain.")]
+LeftBias = Annotated[float | None, typer.Option(help="Left bias of a random order; 0: uniform.")]
+PerStep = Annotated[int | None, typer.Option(help="Fill at least this many positions a step.")]
+
+
+def load_model(path: str) -> Model:
+    """The model at a path; what is worth knowing about it goes to standard error."""
+    from blockdiff.api import load
+
+    model = load(path)
+    for note in model.notes:
+        err.print(f"note: {note}", style="dim", markup=False)
+    return model
+
+
+def chosen_policy(name: str, threshold: float | None, per_step: int | None, left_bias: float | None = None) -> Policy:
+    """A policy by its name, with what the options change. Raises ValueError."""
+    from dataclasses import replace
+
+    from blockdiff.api import named_policy
+
+    own: dict[str, Any] = {"threshold": threshold, "per_step": per_step, "left_bias": left_bias}
+    return replace(named_policy(name), **{key: value for key, value in own.items() if value is not None})
+
+
+def whole_numbers(text: str, option: str) -> list[int]:
+    """Whole numbers with commas between them. Raises ValueError naming the option."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} {text}: give whole numbers with commas between them, e.g. 1,4,16") from None
+
+
+def write_result(path: Path | None, contents: Any) -> None:
+    """Write what `--json` asked for, where it did."""
+    if path is not None:
+        from blockdiff.files import write_json
+
+        write_json(path, contents)

@@ -1,0 +1,104 @@
+"""The few statistics that results need: spreads, paired t tests, intervals of proportions. Standard library only.
+
+A number that cannot be known is None, never 0: there is no spread of a single value, and no t value where there is no
+spread.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Standard deviation with n - 1; None from fewer than two values."""
+    return stdev(values) if len(values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Mean of paired differences, tested against 0: standard error, t, two-sided p value, 95 % interval."""
+
+    mean: float
+    n: int
+    se: float | None = None
+    t: float | None = None
+    p: float | None = None
+    ci: tuple[float, float] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def paired(differences: Sequence[float]) -> Paired:
+    """Student's paired t test; the errors are None from fewer than two differences, t and p also without spread."""
+    n, mean, sd = len(differences), fmean(differences), spread(differences)
+    if sd is None:
+        return Paired(mean, n)
+    se = sd / math.sqrt(n)
+    half = t_quantile(0.975, n - 1) * se
+    if se == 0:
+        return Paired(mean, n, se, ci=(mean, mean))
+    t = mean / se
+    return Paired(mean, n, se, t, 2 * t_cdf(-abs(t), n - 1), (mean - half, mean + half))
+
+
+def t_cdf(t: float, df: float) -> float:
+    """P(T <= t) for Student's t distribution with df > 0 degrees of freedom.
+
+    Its tail is half of the regularised incomplete beta function I_x(df/2, 1/2) at x = df / (df + t^2): no cancellation,
+    so small p values keep their digits.
+    """
+    tail = 0.5 * incomplete_beta(df / 2, 0.5, df / (df + t * t))
+    return tail if t <= 0 else 1 - tail
+
+
+def t_quantile(probability: float, df: float) -> float:
+    """The t with P(T <= t) = probability (between 0.5 and 1), by bisection."""
+    low, high = 0.0, 1.0
+    while t_cdf(high, df) < probability:
+        low, high = high, 2 * high
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_cdf(middle, df) < probability else (low, middle)
+    return (low + high) / 2
+
+
+def incomplete_beta(a: float, b: float, x: float) -> float:
+    """The regularised incomplete beta function I_x(a, b), a and b above 0.
+
+    The continued fraction (DLMF 8.17.22) by Lentz's algorithm, on the side of (a + 1) / (a + b + 2) where it converges
+    fast; I_x(a, b) = 1 - I_{1-x}(b, a) on the other.
+    """
+    if x <= 0 or x >= 1:
+        return 0.0 if x <= 0 else 1.0
+    if x > (a + 1) / (a + b + 2):
+        return 1 - incomplete_beta(b, a, 1 - x)
+    scale = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    tiny = 1e-300
+    c, d = 1.0, 1 / ((1 - (a + b) * x / (a + 1)) or tiny)
+    value = d
+    for m in range(1, 1000):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        change = 1.0
+        for term in (even, odd):
+            d = 1 / ((1 + term * d) or tiny)
+            c = (1 + term / c) or tiny
+            change = c * d
+            value *= change
+        if abs(change - 1) < 1e-15:
+            break
+    return math.exp(scale) * value / a
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson's score interval: sound at 0 and at n, too)."""
+    z = 1.959963984540054
+    share, room = successes / n, z * z / n
+    middle = share + room / 2
+    half = z * math.sqrt(share * (1 - share) / n + room / (4 * n))
+    return max(0.0, (middle - half) / (1 + room)), min(1.0, (middle + half) / (1 + room))
