@@ -39,7 +39,7 @@ def test_an_ar_checkpoint_has_block_size_one_only(tmp_path):
     tiny.backbone("llama", dtype=torch.float32).save_pretrained(tmp_path)
     model = blockdiff.load(tmp_path)
     assert len(bound(model, random_documents([9, 12]), [1])) == 1
-    with pytest.raises(ValueError, match="block size 4: this is a plain autoregressive checkpoint"):
+    with pytest.raises(ValueError, match="block size 4: this is an autoregressive checkpoint"):
         bound(model, random_documents([9, 12]), [1, 4])
 
 

@@ -168,7 +168,7 @@ def test_every_registered_distribution_is_tested():
         (lambda: Fixed(4, -1), "offset -1 is negative"),
         (lambda: Mixture({}), "must be positive"),
         (lambda: Mixture({4: -1.0}), "must be positive"),
-        (lambda: Geometric(0.5), "mean block length 0.5 is below 1"),
+        (lambda: Geometric(0.5), "mean block length 0.5 is not possible"),
         (lambda: ScaleMixture(8, {4: 0.7, 8: 0.5}), "above 1"),
         (lambda: ScaleMixture(8, {4: 0.0}), "give a positive share"),
         (lambda: distributions.from_dict({"kind": "spiral"}), "layout kind 'spiral' is unknown"),

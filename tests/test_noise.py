@@ -148,6 +148,8 @@ def test_bernoulli_and_clipped_rates():
     assert float(draw.weight.max()) <= 1 / 0.3 + 1e-9
     assert not Clipped(0.3, 0.8).is_bound
     assert ExactCount().is_bound
+    assert Bernoulli(t_min=0).is_bound
+    assert not Bernoulli().is_bound  # what lies below t_min is missing
     draw = Bernoulli("cosine").draw(block, torch.Generator().manual_seed(0))
     assert draw.masked.double().mean() == pytest.approx(1 - 2 / math.pi, abs=0.01)
 

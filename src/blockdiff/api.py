@@ -65,6 +65,10 @@ class Model(BlockDiffusionModel):
         """The prompt's tokens, as training made them: with the beginning token where the tokenizer adds one."""
         if self.tokenizer is None:
             raise ValueError("the model has no tokenizer: load it from a directory that holds one")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt is not text: character {error.start} is no Unicode; give UTF-8") from error
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
         return ids
 

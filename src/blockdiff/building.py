@@ -18,6 +18,8 @@ from blockdiff.tokenizer import train_tokenizer
 
 def build_model(config: RunConfig) -> BlockDiffusionModel:
     """The model that the config starts from, with its tokenizer, ready to be trained as the config says."""
+    if config.model.attention == "flex" and not torch.cuda.is_available():
+        raise ConfigError("model.attention: flex trains on CUDA alone (torch has no CPU backward for it); use sdpa")
     bridge = _from_checkpoint(config) if config.model.init is not None else _from_scratch(config)
     if bridge.tokenizer is None:
         raise ConfigError(f"model.init: {config.model.init} holds no tokenizer; name one with model.tokenizer")
@@ -59,6 +61,8 @@ def training_rows(config: RunConfig, encoder: Encoder) -> tuple[Corpus, PackedRo
     corpus = data.read_corpus(config.data.train, encoder, config.data.bad_rows)
     corpus.documents = corpus.documents[: config.data.limit]
     rows = packed(corpus, config.data.length)
+    if not len(rows):
+        raise ConfigError(f"data.length: every prompt fills a row of {config.data.length} tokens; give longer rows")
     if config.data.eos_fill != "none":
         multiple = config.layout.largest_named if config.data.eos_fill == "block" else config.data.length
         documents = [document for row in rows.rows for document in row]
@@ -69,7 +73,9 @@ def training_rows(config: RunConfig, encoder: Encoder) -> tuple[Corpus, PackedRo
 
 def packed(corpus: Corpus, length: int) -> PackedRows:
     """The documents cut to `length` and packed into rows of it."""
-    pieces, _ = data.cut(corpus.documents, length)
+    pieces, corpus.cut = data.cut(corpus.documents, length)
+    kept = {piece.name.partition("+")[0] for piece in pieces}
+    corpus.left_out = sum(document.name not in kept for document in corpus.documents) if corpus.cut else 0
     return PackedRows(data.pack(pieces, length))
 
 
@@ -124,7 +130,7 @@ def _device() -> str:
 
 def _agree(spec: Spec, settings: ModelConfig) -> None:
     """A checkpoint that is a block diffusion model already keeps its way of reading tokens."""
-    if not spec.trained_length:  # an AR decoder that we have just given a [MASK] row
+    if spec.layout.kind == "ar":  # nothing in an AR decoder is fixed yet
         return
     for key, kept, asked in (
         ("prediction", spec.alignment.prediction, settings.prediction),

@@ -93,7 +93,7 @@ def explain(
     from blockdiff.config import load_config
     from blockdiff.explain import explanation
 
-    out.print(explanation(load_config(config, changes), seed), markup=False, highlight=False, soft_wrap=True)
+    out.print(explanation(load_config(config, changes), seed))
 
 
 @app.command()
@@ -107,7 +107,7 @@ def generate(
     per_step: PerStep = None,
     left_bias: LeftBias = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw from the k most likely tokens; 0: all.")] = 0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k most likely tokens; 0: all.", max=2**31)] = 0,
     top_p: Annotated[float, typer.Option(help="Draw from the smallest set with this probability; 1: all.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End the text before this string; repeatable.")] = None,
     show_steps: Annotated[bool, typer.Option("--show-steps", help="Show each block as it fills.")] = False,
@@ -123,8 +123,7 @@ def generate(
     model = load_model(path)
     single = len(prompt) == 1
     show = _StepPrinter(model) if show_steps else None
-    if single and not show_steps:
-        sys.stdout.write(prompt[0])
+    stream = _Stream(prompt[0]) if single and not show_steps else None
     outputs = model.generate(
         prompt,
         max_new_tokens=max_new_tokens,
@@ -133,14 +132,14 @@ def generate(
         sampling=sampling,
         seed=seed,
         stop=stop or [],
-        on_text=_stream if single and not show_steps else None,
+        on_text=stream,
         on_step=show,
     )
     for number, output in enumerate(outputs):
-        if single and not show_steps:
-            sys.stdout.write("\n")
+        if stream is not None:
+            stream(0, "\n")
         else:
-            out.print(f"[{number}] " * (not single) + prompt[number] + output.text, markup=False, highlight=False)
+            out.print(f"[{number}] " * (not single) + prompt[number] + output.text)
         err.print(
             f"{len(output.tokens)} tokens, {output.forwards} forwards ({output.denoise_forwards} denoise, "
             f"{output.commit_forwards} commit), {output.tokens_per_forward:.2f} tokens per forward with commits, "
@@ -231,7 +230,7 @@ def main() -> None:
         code = 1
     except (ValueError, FileNotFoundError) as error:
         code = _complain(error, 2)
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         code = _complain(error, 1)
     except KeyboardInterrupt:
         code = 1
@@ -246,13 +245,20 @@ def main() -> None:
 def _complain(error: BaseException, code: int) -> int:
     if "BLOCKDIFF_TRACEBACK" in os.environ:
         raise error
-    err.print(f"blockdiff: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    err.print(f"blockdiff: {error}", style="red")
     return code
 
 
-def _stream(number: int, piece: str) -> None:
-    sys.stdout.write(piece)
-    sys.stdout.flush()
+class _Stream:
+    """Writes the prompt, once the first text is there, and then the text piece by piece."""
+
+    def __init__(self, prompt: str) -> None:
+        self.prompt = prompt
+
+    def __call__(self, number: int, piece: str) -> None:
+        sys.stdout.write(self.prompt + piece)
+        sys.stdout.flush()
+        self.prompt = ""
 
 
 class _StepPrinter:
@@ -266,4 +272,4 @@ class _StepPrinter:
         assert tokenizer is not None
         shown = "".join("░" if token is None else tokenizer.decode([token]) for token in step.tokens)
         label = f"[{step.request}] at {step.start:>4}, step {step.step:>2}: "
-        out.print(label + shown.replace("\n", "⏎"), markup=False, highlight=False, soft_wrap=True)
+        out.print(label + shown.replace("\n", "⏎"))

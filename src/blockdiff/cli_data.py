@@ -38,7 +38,7 @@ def arithmetic(
     from blockdiff.arithmetic import write_arithmetic
 
     for file in write_arithmetic(output, train=train, valid=valid, seed=seed):
-        out.print(f"data: {file}", soft_wrap=True)
+        out.print(f"data: {file}")
 
 
 @data.command()
@@ -47,7 +47,7 @@ def topics(output: Folder) -> None:
     from blockdiff.demo import write_data
 
     for file in write_data(output):
-        out.print(f"data: {file}", soft_wrap=True)
+        out.print(f"data: {file}")
 
 
 def sample(
@@ -79,7 +79,7 @@ def sample(
             seed=seed,
             on_progress=lambda done: bar.update(task, completed=done),
         )
-    out.print(f"{output}: {sampled.words()}", highlight=False, markup=False, soft_wrap=True)
+    out.print(f"{output}: {sampled.words()}")
     write_result(json_file, record("sample", seed, model=path, out=str(output), rows=[asdict(sampled)]))
 
 

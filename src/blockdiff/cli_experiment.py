@@ -40,7 +40,7 @@ def experiment(
             runs,
             only=only or [],
             overwrite=overwrite,
-            say=lambda line: out.print(line, markup=False, highlight=False, soft_wrap=True),
+            say=lambda line: out.print(line),
         )
     summary = summarise(plan, runs, failed)
     if summary is not None:
@@ -51,13 +51,13 @@ def experiment(
         write_result(json_file, summary)
         for table in render.tables(summary):
             out.print(table)
-        out.print(f"summary: {folder / 'summary.md'}", markup=False, soft_wrap=True)
+        out.print(f"summary: {folder / 'summary.md'}")
         for run in summary["missing"]:
             line = f"not counted: {run['setting']}, seed {run['seed']}: {run['why']}"
-            err.print(line, markup=False, highlight=False, soft_wrap=True)
+            err.print(line)
     elif not failed:
         raise ValueError(f"{plan.output}: no run of {plan.name} has been measured yet; run it without --summary-only")
     for name, problem in failed.items():
-        err.print(f"failed: {name}: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
+        err.print(f"failed: {name}: {problem}", style="red")
     if failed:
         raise typer.Exit(1)

@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from blockdiff.api import Model
     from blockdiff.decode import Policy
 
-out, err = Console(), Console(stderr=True)
+# text is shown as it is: never wrapped, coloured by what it looks like, or read as markup
+out, err = (Console(stderr=to_stderr, soft_wrap=True, markup=False, highlight=False) for to_stderr in (False, True))
 
-Seed = Annotated[int, typer.Option(help="Seed of every random number.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random number.", min=0, max=2**32 - 1)]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON to this file.")]
 ModelPath = Annotated[str, typer.Argument(help="Checkpoint directory, or a Hugging Face hub name.")]
 Changes = Annotated[list[str] | None, typer.Option("--set", help="Change a key, e.g. --set data.length=256.")]
@@ -22,7 +23,7 @@ BlockSize = Annotated[int | None, typer.Option(help="Tokens denoised together; d
 PolicyName = Annotated[str, typer.Option("--policy", help="threshold, fixed_count or random_order.")]
 Threshold = Annotated[float | None, typer.Option(help="Fill every position at least this certain.")]
 LeftBias = Annotated[float | None, typer.Option(help="Left bias of a random order; 0: uniform.")]
-PerStep = Annotated[int | None, typer.Option(help="Fill at least this many positions a step.")]
+PerStep = Annotated[int | None, typer.Option(help="Fill at least this many positions a step.", max=2**31)]
 
 
 def load_model(path: str) -> Model:
@@ -31,7 +32,7 @@ def load_model(path: str) -> Model:
 
     model = load(path)
     for note in model.notes:
-        err.print(f"note: {note}", style="dim", markup=False)
+        err.print(f"note: {note}", style="dim")
     return model
 
 

@@ -27,6 +27,9 @@ class ConfigError(ValueError):
     """A configuration that cannot be used: which key, what is wrong, what to do."""
 
 
+_Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class _Group(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -72,11 +75,13 @@ class DataConfig(_Group):
 class ObjectiveConfig(_Group):
     """What is minimised."""
 
-    weighting: Literal["nelbo", "ce"] | list[float] = Field(
-        "nelbo",
-        description="nelbo: the bound; ce: plain cross-entropy; a list: weight of k = 1, 2, ... masks in a block",
+    weighting: Literal["nelbo", "ce"] | Annotated[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]], Len(1)] = (
+        Field(
+            "nelbo",
+            description="nelbo: the bound; ce: plain cross-entropy; a list: weight of k = 1, 2, ... masks in a block",
+        )
     )
-    ar_weight: float = Field(0.0, ge=0, description="weight of the AR loss on the clean stream")
+    ar_weight: float = Field(0.0, ge=0, allow_inf_nan=False, description="weight of the AR loss on the clean stream")
     ar_weight_end: float | None = Field(None, ge=0, description="AR weight at the last step, reached linearly")
     draws_per_pass: int = Field(1, ge=1, description="noise draws that share one clean pass")
     active: Literal["all", "one"] = Field(
@@ -122,9 +127,9 @@ class EvalConfig(_Group):
 class RunConfig(_Group):
     """A whole run."""
 
-    output: str = Field(description="run directory")
+    output: str = Field(min_length=1, description="run directory")
     preset: str | None = None
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     model: ModelConfig
     data: DataConfig
     layout: Annotated[AnyLayout, Field(discriminator="kind")] = AR()
@@ -144,6 +149,10 @@ class RunConfig(_Group):
         if self.data.eos_fill == "block" and not (isinstance(self.layout, Fixed) and self.layout.offset == 0):
             raise ValueError(
                 "data.eos_fill block needs layout fixed with offset 0: elsewhere the last block has no fixed end"
+            )
+        if self.layout.kind == "ar" and self.model.prediction == "same":
+            raise ValueError(
+                "model.prediction same cannot predict in layout ar: every token would see itself; use shift"
             )
         if self.growth is not None:
             self.growth.layout(self.layout, 0.0, 0.5)
@@ -182,11 +191,11 @@ def load_config(path: str | Path, changes: list[str] | None = None, **extra: Any
 def read_tree(path: str | Path) -> dict[str, Any]:
     """The keys of a YAML file, not yet validated. Raises ConfigError."""
     file = Path(path)
-    if not file.exists():
+    if not file.is_file():
         raise ConfigError(f"{path}: no such config file")
     try:
-        tree = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a config is a mapping of keys to values")
@@ -197,8 +206,8 @@ def make_config(tree: dict[str, Any], where: str = "config") -> RunConfig:
     """Validate a configuration tree, its preset beneath it. Raises ConfigError, naming the key."""
     preset = tree.get("preset")
     if preset is not None:
-        if preset not in PRESETS:
-            raise ConfigError(f"{where}: preset {preset!r} is unknown; {nearest(preset, PRESETS)}")
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise ConfigError(f"{where}: preset {preset!r} is unknown; {nearest(str(preset), PRESETS)}")
         tree = _merge(PRESETS[preset].tree, tree)
     try:
         return RunConfig.model_validate(tree)
@@ -215,6 +224,8 @@ def apply_change(tree: dict[str, Any], change: str) -> None:
         put(tree, key, yaml.safe_load(value))
     except ConfigError as error:
         raise ConfigError(f"--set {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {change}: the value is not YAML ({' '.join(str(error).split())})") from error
 
 
 def put(tree: dict[str, Any], dotted: str, value: Any) -> None:

@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -54,10 +56,12 @@ class Document:
 
 @dataclass
 class Corpus:
-    """Documents, and what was left out on the way to them."""
+    """Documents, and what was left out on the way to them and to rows (`cut`, `left_out`: documents)."""
 
     documents: list[Document] = field(default_factory=list)
     bad_rows: list[str] = field(default_factory=list)
+    cut: int = 0
+    left_out: int = 0
 
     @property
     def tokens(self) -> int:
@@ -65,7 +69,9 @@ class Corpus:
 
     def summary(self) -> str:
         skipped = f"; skipped {len(self.bad_rows)} bad rows, first: {self.bad_rows[0]}" if self.bad_rows else ""
-        return f"{len(self.documents)} documents, {self.tokens} tokens{skipped}"
+        cut = f"; {self.cut} longer than a row were cut" if self.cut else ""
+        left_out = f"; {self.left_out} whose prompt fills a row were left out" if self.left_out else ""
+        return f"{len(self.documents)} documents, {self.tokens} tokens{cut}{left_out}{skipped}"
 
 
 @dataclass(frozen=True)
@@ -95,31 +101,52 @@ class Encoder:
         """A conversation through the tokenizer's chat template; the assistant's turns are scored."""
         if not self.tokenizer.chat_template:
             raise DataError(f"{name}: the tokenizer has no chat template; give rows with prompt and completion instead")
-        whole = self._render(messages)
-        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        ids, begins = encoded["input_ids"], [begin for begin, _ in encoded["offset_mapping"]]
-        prompt = np.ones(len(ids), dtype=np.bool_)
+        whole = self._render(messages, name)
+        turns = []  # places in the text at which an assistant's turn begins and ends
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._render(messages[:turn], add_generation_prompt=True)
-            through = self._render(messages[: turn + 1])
+            before = self._render(messages[:turn], name, add_generation_prompt=True)
+            through = self._render(messages[: turn + 1], name)
             if not (whole.startswith(before) and whole.startswith(through)):
                 raise DataError(f"{name}: the chat template rewrites earlier turns; give each turn a row of its own")
-            turn_tokens = range(bisect_left(begins, len(before)), bisect_left(begins, len(through)))
-            for i in turn_tokens:
+            turns.append((len(before), len(through)))
+        if not turns:
+            raise DataError(f"{name}: no message has the role assistant, so there is nothing to learn or to score")
+        ids, begins = self._chat_tokens(whole, [begin for begin, _ in turns])
+        prompt = np.ones(len(ids), dtype=np.bool_)
+        for begin, end in turns:
+            for i in range(bisect_left(begins, begin), bisect_left(begins, end)):
                 prompt[i] = False
                 if ids[i] in self.end_ids:  # what the template puts after the turn's end is not the assistant's
                     break
-        if prompt.all():
-            raise DataError(f"{name}: no message has the role assistant, so there is nothing to learn or to score")
         prompt[0] = True
         return Document(np.array(ids, dtype=np.int32), prompt, name)
 
-    def _render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
+    def _chat_tokens(self, text: str, cuts: list[int]) -> tuple[list[int], list[int]]:
+        """Token ids and where each begins. Where a token would straddle a cut, the text is tokenized in parts: decoding
+        reads what stands before an answer as tokens of its own."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        places = encoded["offset_mapping"]
+        if not any(begin < cut < end for cut in cuts for begin, end in places):
+            return encoded["input_ids"], [begin for begin, _ in places]
+        ids: list[int] = []
+        begins: list[int] = []
+        for start, stop in pairwise([0, *cuts, len(text)]):
+            part = self.tokenizer(text[start:stop], add_special_tokens=False, return_offsets_mapping=True)
+            ids += part["input_ids"]
+            begins += [start + begin for begin, _ in part["offset_mapping"]]
+        return ids, begins
+
+    def _render(self, messages: list[dict[str, Any]], name: str, *, add_generation_prompt: bool = False) -> str:
         if not messages and not add_generation_prompt:
             return ""
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            raise DataError(f"{name}: the chat template refuses this conversation ({error})") from error
         assert isinstance(text, str)
         return text
 
@@ -156,7 +183,7 @@ def read_rows(
     """(name, row) of every row of a file; the name says file and line."""
     if not path.exists():
         raise DataError(f"{path}: no such file")
-    suffix = "".join(s for s in path.suffixes[-2:] if s in (".txt", ".jsonl", ".json", ".parquet", ".gz"))
+    suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
     if path.is_dir():
         yield from _rows_on_disk(path)
     elif suffix in (".txt", ".txt.gz"):
@@ -164,10 +191,7 @@ def read_rows(
     elif suffix in (".jsonl", ".jsonl.gz"):
         yield from _json_lines(path, on_bad, bad if bad is not None else [])
     elif suffix == ".parquet":
-        import pyarrow.parquet
-
-        rows = (row for batch in pyarrow.parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist())
-        yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, 1))
+        yield from _parquet_file(path)
     else:
         raise DataError(
             f"{path}: unknown kind of file; give .txt, .jsonl (each also .gz), .parquet, or a directory written by "
@@ -285,6 +309,22 @@ def collate(rows: Sequence[Sequence[Document]]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
+def _is_unicode(row: Any) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _lines(path: Path, file: Any) -> Iterator[bytes]:
+    """Lines of an open file; a compressed file that is cut or broken is named."""
+    try:
+        yield from file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: not a whole gzip file ({error}); copy it again") from error
+
+
 def _open(path: Path) -> Any:
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
@@ -292,7 +332,7 @@ def _open(path: Path) -> Any:
 def _text_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with _open(path) as file:
         try:
-            text = file.read().decode("utf-8")
+            text = b"".join(_lines(path, file)).decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     if text.strip():
@@ -300,8 +340,9 @@ def _text_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _json_lines(path: Path, on_bad: BadRows, bad: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    with _open(path) as lines:
-        for number, line in enumerate(lines, 1):  # of bytes: only a newline ends a row, never a U+2028 in its text
+    with _open(path) as file:
+        # lines of bytes: only a newline ends a row, never a U+2028 in its text
+        for number, line in enumerate(_lines(path, file), 1):
             if not line.strip():
                 continue
             name = f"{path}:{number}"
@@ -313,10 +354,26 @@ def _json_lines(path: Path, on_bad: BadRows, bad: list[str]) -> Iterator[tuple[s
             except UnicodeDecodeError as error:
                 _reject(f"{name}: not UTF-8 (byte {error.start} of the line)", on_bad, bad)
                 continue
-            if isinstance(row, dict):
+            except RecursionError:
+                _reject(f"{name}: nested too deeply to be a row of text", on_bad, bad)
+                continue
+            if b"\\ud" in line.lower() and not _is_unicode(row):
+                _reject(f"{name}: holds half of a surrogate pair, which is no text", on_bad, bad)
+            elif isinstance(row, dict):
                 yield name, row
             else:
                 _reject(f"{name}: a row must be an object, this is {type(row).__name__}", on_bad, bad)
+
+
+def _parquet_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        rows = (row for batch in ParquetFile(path).iter_batches() for row in batch.to_pylist())
+        yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, 1))
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: not a whole parquet file ({str(error).splitlines()[0]})") from error
 
 
 def _rows_on_disk(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -46,10 +46,13 @@ class LayoutDistribution(ABC):
         """Configurations (p, w) that occur in a span of `length` tokens: bool [length, length + 1]."""
         return self.configurations(length) > 0
 
+    def block_counts(self, length: int) -> Tensor:
+        """Expected number of blocks of each size in a span of `length` tokens: float64 [length + 1]."""
+        return self.configurations(length).sum(0)
+
     def token_share(self, length: int) -> Tensor:
         """Share of the tokens of a span of `length` that lie in blocks of each size: float64 [length + 1], sum 1."""
-        sizes = torch.arange(length + 1, dtype=torch.float64)
-        return self.configurations(length).sum(0) * sizes / length
+        return self.block_counts(length) * torch.arange(length + 1, dtype=torch.float64) / length
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,9 @@ class Fixed(LayoutDistribution):
         starts = _grids(torch.tensor([self.size]), torch.tensor([self.offset]), length)
         return _tabulate(starts, torch.ones(1, dtype=torch.float64))
 
+    def block_counts(self, length: int) -> Tensor:
+        return _grid_counts(self.size, self.offset % self.size, length)
+
 
 @dataclass(frozen=True)
 class RandomOffset(LayoutDistribution):
@@ -97,6 +103,12 @@ class RandomOffset(LayoutDistribution):
 
     def configurations(self, length: int) -> Tensor:
         return _random_offset_table(self.size, length)
+
+    def block_counts(self, length: int) -> Tensor:
+        counts = torch.zeros(length + 1, dtype=torch.float64)
+        for offset in range(self.size):
+            counts += _grid_counts(self.size, offset, length) / self.size
+        return counts
 
 
 @dataclass(frozen=True)
@@ -121,6 +133,12 @@ class Mixture(LayoutDistribution):
         sizes = torch.tensor(list(self.shares))
         weight = torch.tensor(list(self.shares.values()), dtype=torch.float64)
         return _tabulate(_grids(sizes, torch.zeros_like(sizes), length), weight)
+
+    def block_counts(self, length: int) -> Tensor:
+        counts = torch.zeros(length + 1, dtype=torch.float64)
+        for size, share in self.shares.items():
+            counts += share * _grid_counts(size, 0, length)
+        return counts
 
 
 @dataclass(frozen=True)
@@ -149,7 +167,10 @@ class _IndependentLengths(LayoutDistribution):
         return _renewal_draw(self._length_weights, lengths, generator)
 
     def configurations(self, length: int) -> Tensor:
-        return _renewal_table(self._length_weights, length)
+        return _cut_table(*_renewal(self._length_weights, length))
+
+    def block_counts(self, length: int) -> Tensor:
+        return _cut_counts(*_renewal(self._length_weights, length))
 
 
 @dataclass(frozen=True)
@@ -182,15 +203,18 @@ class Geometric(LayoutDistribution):
     kind: Literal["geometric"] = "geometric"
 
     def __post_init__(self) -> None:
-        if self.mean < 1:
-            raise ValueError(f"layout geometric: mean block length {self.mean} is below 1; give 1 or more")
+        if not 1 <= self.mean < float("inf"):
+            raise ValueError(f"layout geometric: mean block length {self.mean} is not possible; give 1 or more")
 
     def draw(self, lengths: Tensor, generator: Generator) -> Tensor:
         rate = torch.full((len(lengths), 1), 1 / self.mean, dtype=torch.float64)
         return _geometric_draw(rate, int(lengths.max()), generator).to(lengths.device)
 
     def configurations(self, length: int) -> Tensor:
-        return _geometric_table(torch.tensor([1 / self.mean], dtype=torch.float64), torch.ones(1), length)
+        return _cut_table(*_geometric(1 / self.mean, length))
+
+    def block_counts(self, length: int) -> Tensor:
+        return _cut_counts(*_geometric(1 / self.mean, length))
 
 
 @dataclass(frozen=True)
@@ -211,7 +235,7 @@ class ScaleMixture(LayoutDistribution):
         object.__setattr__(self, "atoms", {int(size): float(share) for size, share in self.atoms.items()})
         for size, share in self.atoms.items():
             _check_size(size)
-            if share <= 0:
+            if not share > 0:
                 raise ValueError(f"layout scale_mixture: atom {size} has share {share}; give a positive share")
         if sum(self.atoms.values()) > 1:
             raise ValueError(f"layout scale_mixture: the atoms' shares add up to {sum(self.atoms.values())}, above 1")
@@ -233,11 +257,26 @@ class ScaleMixture(LayoutDistribution):
         return torch.where((size == 0)[:, None], scales, grids)
 
     def configurations(self, length: int) -> Tensor:
-        nodes, weights = _gauss_legendre(64)
-        table = _geometric_table(self.max_size**-nodes, weights, length) * self._with_scales()[0]
+        table = torch.zeros(length, length + 1, dtype=torch.float64)
+        for rate, share in self._rates():
+            table += share * _cut_table(*_geometric(rate, length))
         for size, share in self.atoms.items():
-            table = table + share * _random_offset_table(size, length)
+            table += share * _random_offset_table(size, length)
         return table
+
+    def block_counts(self, length: int) -> Tensor:
+        counts = torch.zeros(length + 1, dtype=torch.float64)
+        for rate, share in self._rates():
+            counts += share * _cut_counts(*_geometric(rate, length))
+        for size, share in self.atoms.items():
+            counts += share * RandomOffset(size).block_counts(length)
+        return counts
+
+    def _rates(self) -> list[tuple[float, float]]:
+        """The continuum of scales as geometric rates with their shares (quadrature)."""
+        nodes, weights = _gauss_legendre(64)
+        rates, shares = self.max_size**-nodes, weights * self._with_scales()[0]
+        return list(zip(rates.tolist(), shares.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -254,6 +293,9 @@ class Full(LayoutDistribution):
     def configurations(self, length: int) -> Tensor:
         return Fixed(length).configurations(length)
 
+    def block_counts(self, length: int) -> Tensor:
+        return Fixed(length).block_counts(length)
+
 
 @dataclass(frozen=True)
 class AR(LayoutDistribution):
@@ -266,6 +308,9 @@ class AR(LayoutDistribution):
 
     def configurations(self, length: int) -> Tensor:
         return Fixed(1).configurations(length)
+
+    def block_counts(self, length: int) -> Tensor:
+        return Fixed(1).block_counts(length)
 
 
 AnyLayout = Fixed | RandomOffset | Mixture | Uniform | LogUniform | Geometric | ScaleMixture | Full | AR
@@ -294,7 +339,7 @@ def _check_size(size: int) -> None:
 
 
 def _normalised(kind: str, shares: dict[Any, float]) -> dict[int, float]:
-    if not shares or any(share <= 0 for share in shares.values()):
+    if not shares or not all(0 < share < float("inf") for share in shares.values()):
         raise ValueError(f"layout {kind}: shares {shares} must be positive, one for each block size")
     total = sum(shares.values())
     result = {int(size): float(share) / total for size, share in shares.items()}
@@ -353,8 +398,8 @@ def _random_offset_table(size: int, length: int) -> Tensor:
     return _tabulate(starts, torch.full((size,), 1 / size, dtype=torch.float64))
 
 
-def _renewal_table(weights: Tensor, length: int) -> Tensor:
-    """Independent lengths with the given weights: P(a block begins at p) * P(its length is w), cut at the end."""
+def _renewal(weights: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Independent lengths: P(a block begins at p) [L], P(its length is w) and P(it is >= w) [L + 1]."""
     probability = torch.zeros(max(length, len(weights)) + 1, dtype=torch.float64)
     probability[1 : len(weights) + 1] = weights / weights.sum()
     at_least = probability.flip(0).cumsum(0).flip(0)
@@ -362,23 +407,41 @@ def _renewal_table(weights: Tensor, length: int) -> Tensor:
     begins[0] = 1
     for p in range(1, length):
         begins[p] = (begins[:p] * probability[1 : p + 1].flip(0)).sum()
-    return _cut_table(begins, probability[: length + 1][None], at_least[: length + 1][None])
+    return begins, probability[: length + 1], at_least[: length + 1]
 
 
-def _geometric_table(rates: Tensor, weights: Tensor, length: int) -> Tensor:
-    """Mixture, with the given weights, of geometric lengths at the given rates."""
-    sizes = torch.arange(length + 1, dtype=torch.float64)
-    table = torch.zeros(length, length + 1, dtype=torch.float64)
-    for rate, weight in zip(rates.tolist(), weights.tolist(), strict=True):
-        at_least = (1 - rate) ** (sizes - 1).clamp(min=0)
-        begins = torch.full((length,), rate, dtype=torch.float64)
-        begins[0] = 1
-        table += weight * _cut_table(begins, (rate * at_least)[None], at_least[None])
-    return table
+def _geometric(rate: float, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for geometric lengths."""
+    at_least = (1 - rate) ** (torch.arange(length + 1, dtype=torch.float64) - 1).clamp(min=0)
+    begins = torch.full((length,), rate, dtype=torch.float64)
+    begins[0] = 1
+    return begins, rate * at_least, at_least
+
+
+def _cut_counts(begins: Tensor, probability: Tensor, at_least: Tensor) -> Tensor:
+    """`_cut_table` summed over p, without the table: float64 [L + 1]."""
+    length = len(begins)
+    before = torch.nn.functional.pad(begins.cumsum(0), (1, 0))  # expected blocks that begin before p
+    size = torch.arange(1, length + 1)
+    counts = torch.zeros(length + 1, dtype=torch.float64)
+    counts[1:] = probability[1:] * before[length - size] + at_least[1:] * begins[length - size]
+    return counts
+
+
+def _grid_counts(size: int, offset: int, length: int) -> Tensor:
+    """Blocks of each size in a grid whose first block ends at `offset` (0: after `size`)."""
+    counts = torch.zeros(length + 1, dtype=torch.float64)
+    offset = min(offset, length)
+    counts[offset] += 1
+    whole, rest = divmod(length - offset, size)
+    counts[min(size, length)] += whole
+    counts[rest] += 1
+    counts[0] = 0
+    return counts
 
 
 def _cut_table(begins: Tensor, probability: Tensor, at_least: Tensor) -> Tensor:
-    """begins [L], P(length = w) and P(length >= w) [1, L + 1] -> [L, L + 1], blocks cut at the span's end."""
+    """begins [L], P(length = w) and P(length >= w) [L + 1] -> [L, L + 1], blocks cut at the span's end."""
     length = len(begins)
     room = length - torch.arange(length)[:, None]
     size = torch.arange(length + 1)[None]

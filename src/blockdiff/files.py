@@ -15,9 +15,10 @@ from typing import Any
 
 @contextmanager
 def replace_directory(target: Path) -> Iterator[Path]:
-    """Yield an empty staging directory beside `target`; on success it takes the target's place in one rename.
+    """Yield an empty staging directory beside `target`; on success it takes the target's place by rename.
 
-    On any error, a full disk included, the staging directory is removed and what was at `target` is untouched.
+    On any error, a full disk included, the staging directory is removed and what was at `target` stays there. A kill in
+    the instant between the two renames leaves the old directory whole beside it, as `.<name>.old.*/was`.
     """
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -29,8 +30,13 @@ def replace_directory(target: Path) -> Iterator[Path]:
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             target.rename(old / "was")
-            staging.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
+            try:
+                staging.rename(target)
+            except OSError:
+                (old / "was").rename(target)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
         else:
             staging.rename(target)
     finally:

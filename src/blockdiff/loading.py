@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -70,15 +73,29 @@ def load(
         _check_directory(local)
     try:
         spec_file = cached_file(str(path), SPEC_FILE, _raise_exceptions_for_missing_entries=False)
-        backbone = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", use_safetensors=True)
+        backbone, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+        )
+    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UnsupportedModel(f"{path}: its config and weights cannot be read ({reason[:300]})") from error
     except OSError as error:
         raise FileNotFoundError(
             f"{path}: neither a model directory here nor a model that can be fetched ({str(error).splitlines()[0]})"
         ) from error
+    if found["missing_keys"]:  # transformers would go on with random numbers in their places
+        missing = sorted(found["missing_keys"])
+        raise UnsupportedModel(
+            f"{path}: {len(missing)} weights are missing, among them {missing[0]}; take a whole copy"
+        )
+    spec = Spec.from_json(Path(spec_file)) if spec_file else None
+    rows = int(backbone.get_input_embeddings().weight.shape[0])
+    if spec is not None and spec.mask_id is not None and spec.mask_id >= rows:
+        raise UnsupportedModel(f"{spec_file}: mask_id {spec.mask_id} lies beyond the model's {rows} embedding rows")
     model = attach(
         backbone.to(device).eval(),
         load_tokenizer(path),
-        spec=Spec.from_json(Path(spec_file)) if spec_file else None,
+        spec=spec,
         add_mask=add_mask,
         implementation=implementation,
         model_class=model_class,
@@ -92,7 +109,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer saved with a checkpoint, or None where there is none."""
     if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):
         return None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UnsupportedModel(
+            f"{path}: its tokenizer cannot be read ({' '.join(str(error).split())[:200]})"
+        ) from error
     return tokenizer
 
 
@@ -102,43 +124,59 @@ def from_architecture(
     """A freshly initialised decoder: `architecture` is `{"type": "llama", ...}` with transformers' own config keys."""
     settings = dict(architecture)
     kind = settings.pop("type", None)
+    if kind not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "give a model type of transformers, e.g. llama"
+        raise UnsupportedModel(f"model.architecture.type: {kind!r} is unknown; {hint}")
+    known = {*CONFIG_MAPPING[kind]().to_dict(), *CONFIG_MAPPING[kind].attribute_map}
+    for key in settings:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UnsupportedModel(f"model.architecture.{key}: {kind} has no such key{hint}")
     try:
         config = AutoConfig.for_model(kind, vocab_size=vocabulary, **settings, **special)
         state = torch.random.get_rng_state()
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
         torch.random.set_rng_state(state)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UnsupportedModel(f"model.architecture {architecture}: {error}") from error
+    except (ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UnsupportedModel(f"model.architecture: {kind} cannot be built so ({reason})") from error
     return model
 
 
 def _add_mask_row(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int:
     """An embedding row for [MASK]: the tokenizer's own, a reserved row beyond the tokenizer, or a new one.
 
-    Rows that no text uses may have decayed to nothing and then make training explode (LLaDA 2.0), so the row starts at
-    the mean embedding plus a tenth of the embeddings' spread as noise. The tokenizer never learns a name for the new
-    token: text that spells it stays text.
+    Rows that no text uses may have decayed to nothing and then make training explode (LLaDA 2.0), so a row that is new,
+    reserved or next to nothing starts at the mean embedding plus a tenth of the embeddings' spread as noise. The
+    tokenizer never learns a name for a new token: text that spells it stays text.
     """
     rows = int(backbone.get_input_embeddings().weight.shape[0])
-    if tokenizer is not None and tokenizer.mask_token_id is not None:
-        return int(tokenizer.mask_token_id)
-    if tokenizer is not None and len(tokenizer) < rows:
-        mask_id = len(tokenizer)
-    else:
-        mask_id = rows
-        backbone.resize_token_embeddings(rows + 1, mean_resizing=False)
-    used = torch.arange(rows) if mask_id >= rows else torch.arange(mask_id)
+    named = None if tokenizer is None else tokenizer.mask_token_id
+    used = rows if tokenizer is None else min(max(tokenizer.get_vocab().values()) + 1, rows)
+    mask_id = used if named is None else int(named)
+    if mask_id >= rows:
+        backbone.resize_token_embeddings(mask_id + 1, mean_resizing=False)
+    if mask_id < used and not _next_to_nothing(backbone.get_input_embeddings().weight, mask_id):
+        return mask_id
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for embedding in (backbone.get_input_embeddings(), backbone.get_output_embeddings()):
             weight = embedding.weight
-            known = weight[used.to(weight.device)].float()
+            known = weight[:used].float()
             fresh = torch.randn(known.shape[1], generator=generator).to(weight.device)
             weight[mask_id] = (known.mean(0) + 0.1 * known.std(0) * fresh).to(weight.dtype)
             if backbone.get_output_embeddings().weight is backbone.get_input_embeddings().weight:
                 break
     return mask_id
+
+
+def _next_to_nothing(weight: Tensor, row: int) -> bool:
+    """Whether an embedding row has less than a tenth of the usual norm."""
+    norms = weight.detach().float().norm(dim=1)
+    return bool(norms[row] < 0.1 * norms.median())
 
 
 def _check_directory(path: Path) -> None:

@@ -23,7 +23,7 @@ from blockdiff import distributions, noise
 from blockdiff.attention import NAMES, Implementation, UnsupportedModel
 from blockdiff.files import replace_directory
 from blockdiff.layout import TokenMap
-from blockdiff.masks import CleanContext, Visibility
+from blockdiff.masks import CLEAN_CONTEXTS, CleanContext, Visibility
 from blockdiff.objectives import Alignment
 
 SPEC_FILE = "block_diffusion.json"
@@ -52,8 +52,13 @@ class Spec:
 
     @property
     def default_block_size(self) -> int:
-        """The block size that decoding uses unless told otherwise: the largest that training names, up to 16."""
-        return min(self.layout.largest_named, 16) if self.is_diffusion else 1
+        """The block size that decoding uses unless told otherwise: of those that training had often (a tenth of the
+        share of the most frequent, or more) the largest up to 16, else the most frequent."""
+        if not self.is_diffusion or not self.trained_length:
+            return 1
+        share = self.layout.token_share(max(self.trained_length - 1, 1))
+        often = [size for size in range(1, min(len(share), 17)) if share[size] >= share.max() / 10]
+        return max(often) if often else int(share.argmax())
 
     def to_json(self) -> dict[str, Any]:
         share = self.layout.token_share(self.trained_length) if self.trained_length else torch.zeros(0)
@@ -78,6 +83,15 @@ class Spec:
         """Read `block_diffusion.json`; raises UnsupportedModel where it is not one of ours."""
         try:
             data = json.loads(path.read_text())
+            if data["format"] != FORMAT:
+                raise ValueError(f"format {data['format']}, this version reads {FORMAT}")
+            if data["clean_context"] not in CLEAN_CONTEXTS:
+                raise ValueError(f"clean_context {data['clean_context']!r}")
+            for name in ("mask_id", "trained_length"):
+                if type(data[name]) is not int and not (name == "mask_id" and data[name] is None):
+                    raise ValueError(f"{name} {data[name]!r} is no whole number")
+                if (data[name] or 0) < 0:
+                    raise ValueError(f"{name} {data[name]} is negative")
             return Spec(
                 mask_id=data["mask_id"],
                 clean_context=data["clean_context"],
@@ -87,7 +101,7 @@ class Spec:
                 trained_length=data["trained_length"],
                 ar_trained=data["ar_trained"],
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UnsupportedModel(f"{path}: not a blockdiff description of a checkpoint ({error})") from error
 
 
@@ -207,8 +221,7 @@ class BlockDiffusionModel(nn.Module):
         self.backbone.save_pretrained(directory, safe_serialization=True)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
-        if self.spec.is_diffusion:
-            (directory / SPEC_FILE).write_text(json.dumps(self.spec.to_json(), indent=2) + "\n")
+        (directory / SPEC_FILE).write_text(json.dumps(self.spec.to_json(), indent=2) + "\n")
 
     def _keep_read_rows(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if self._read is None:

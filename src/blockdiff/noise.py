@@ -127,8 +127,8 @@ class Bernoulli(Noise):
 
     schedules (BD3-LM appendix C): linear m = t; log_linear m = (1 - 1e-3) t, which is MDLM's total noise
     -log(1 - (1 - eps) t) written as a mask rate; cosine m = 1 - cos(pi t / 2).
-    The part of the integral below `t_min` is left out, as in the published code; with t_min = 0 the estimate is
-    unbiased but its variance is infinite.
+    The part of the integral below `t_min` is left out, as in the published code, so the estimate lies below the bound
+    by about that share; with t_min = 0 it is unbiased but its variance is infinite. log_linear never masks everything.
     """
 
     schedule: Literal["linear", "cosine", "log_linear"] = "linear"
@@ -143,7 +143,7 @@ class Bernoulli(Noise):
 
     @property
     def is_bound(self) -> bool:
-        return True
+        return self.t_min == 0 and self.schedule != "log_linear"
 
     def mask_rate(self, t: Tensor) -> Tensor:
         """m(t), the probability that a token is masked."""

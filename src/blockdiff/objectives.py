@@ -81,7 +81,8 @@ class Reads:
 
     index [R] slot of the two-stream input, flattened over rows; target [R] token id; weight [R] float64;
     doc [R] document; kind [R]: MASKED (a masked token), FIRST (a block's first token, read from the clean stream) or
-    AUXILIARY (the AR term, not part of the bound). Masked reads come first, in the order of the masked tokens.
+    AUXILIARY (the AR term, not part of the bound). Masked reads come first, draw by draw, in the order of the masked
+    tokens (under the `noisy` boundary those read from the clean stream come after the others).
     """
 
     index: Tensor

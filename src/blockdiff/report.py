@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def _losses(metrics: Rows, file: Path) -> str:
 def _bounds(results: dict[str, Any], file: Path) -> str:
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    rows = [row for row in results.get("bound", {}).get("rows", []) if row["offset"] == 0]
+    rows = [row for row in results.get("bound", {}).get("rows", []) if row["offset"] == 0 and isfinite(row["ppl"])]
     if len(rows) < 2:
         return ""
     figure, axes = _figure()

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError
 from torch import Generator, Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -254,7 +254,8 @@ class BlockDiffusionTrainer(Trainer):
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
 
     def _means(self) -> dict[str, float]:
-        sums, self._sums = {name: float(value) for name, value in self._sums.items()}, {}
+        summed = {name: self.accelerator.reduce(value, "sum") for name, value in self._sums.items()}
+        sums, self._sums = {name: float(value) for name, value in summed.items()}, {}
         means = {}
         if sums.get("tokens"):
             name = "bound" if self.objective.is_bound(self._bare().spec.alignment) else "block_loss"
@@ -269,16 +270,26 @@ class BlockDiffusionTrainer(Trainer):
         return self._staging or str(super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write the checkpoint beside the others under another name, then rename it into place."""
+        """Write the checkpoint beside the others under another name, then rename it into place.
+
+        All processes write into the same staging directory; the main one makes it and puts it into place.
+        """
         home = Path(self.args.output_dir)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=home))
-        self._staging = str(staging)
+        staging = home / f".saving-{self.state.global_step}"
+        main = self.is_world_process_zero()
         try:
+            if main:
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            self._staging = str(staging)
             super()._save_checkpoint(model, trial)
-            sync_tree(staging)
-            shutil.rmtree(home / name, ignore_errors=True)
-            (staging / name).rename(home / name)
+            self.accelerator.wait_for_everyone()
+            if main:
+                sync_tree(staging)
+                shutil.rmtree(home / name, ignore_errors=True)
+                (staging / name).rename(home / name)
         except (OSError, RuntimeError, SafetensorError) as error:
             kept = last_checkpoint(home)
             where = (
@@ -289,9 +300,12 @@ class BlockDiffusionTrainer(Trainer):
             ) from error
         finally:
             self._staging = None
-            shutil.rmtree(staging, ignore_errors=True)
-        for old in checkpoints(home)[: -(self.args.save_total_limit or 1)]:
-            shutil.rmtree(old, ignore_errors=True)
+            if main:
+                shutil.rmtree(staging, ignore_errors=True)
+        if main:
+            for old in checkpoints(home)[: -(self.args.save_total_limit or 1)]:
+                shutil.rmtree(old, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         directory = Path(output_dir or self.args.output_dir)
@@ -325,6 +339,8 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, path: Path, resumed_at: int) -> None:
         self.path = path
+        if not PartialState().is_main_process:
+            return
         lines = path.read_text().splitlines(keepends=True) if path.exists() and resumed_at else []
         whole = [line for line in lines if line.endswith("\n")]
         path.write_text("".join(line for line in whole if json.loads(line)["step"] <= resumed_at))

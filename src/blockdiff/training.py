@@ -12,9 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import ClassVar
 
 import torch
 import yaml
+from accelerate import PartialState
+from safetensors import SafetensorError
 from torch import Generator
 from transformers import TrainerCallback, TrainingArguments
 
@@ -22,7 +25,7 @@ from blockdiff import data
 from blockdiff.building import build_model, encoder_of, packed, training_rows, validation_corpus
 from blockdiff.config import ConfigError, RunConfig
 from blockdiff.data import Corpus, PackedRows
-from blockdiff.evaluate import BoundRow, bound
+from blockdiff.evaluate import BoundRow, bound, check_bound
 from blockdiff.explain import draw_example
 from blockdiff.files import write_json, write_text
 from blockdiff.model import BlockDiffusionModel
@@ -32,11 +35,16 @@ from blockdiff.trainer import BlockDiffusionTrainer, MetricsFile, Objective, Sch
 Say = Callable[[str], None]
 
 
+def _silent(line: str) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """Where a run keeps its files."""
 
     path: Path
+    CLEARED: ClassVar = ("trainer", "results", "figures", "checkpoint")
 
     @property
     def config(self) -> Path:
@@ -54,6 +62,10 @@ class RunDirectory:
     def trainer(self) -> Path:
         return self.path / "trainer"
 
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.yaml"
+
     def result(self, name: str) -> Path:
         return self.path / "results" / f"{name}.json"
 
@@ -67,9 +79,9 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Remove what an earlier run left, so that nothing of it is taken for the new one's."""
-        for name in ("trainer", "results", "figures", "checkpoint"):
+        for name in self.CLEARED:
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in ("metrics.jsonl", "plan.yaml", "report.html"):
+        for name in ("metrics.jsonl", self.plan.name, "report.html"):
             (self.path / name).unlink(missing_ok=True)
 
 
@@ -78,7 +90,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    say: Say = lambda line: None,
+    say: Say = _silent,
     callbacks: list[TrainerCallback] | None = None,
 ) -> RunDirectory:
     """Run the training that `config` describes.
@@ -87,8 +99,11 @@ def train(
     where the output already holds a run and neither `resume` nor `overwrite` is given.
     """
     use_available_threads()
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    if not processes.is_main_process:
+        say = _silent
     run = RunDirectory(Path(config.output))
-    resumed = _prepare(run, config, resume, overwrite)
+    resumed = _resumable(run, config, resume, overwrite)
     bridge = build_model(config)
     encoder = encoder_of(bridge)
     corpus, rows = training_rows(config, encoder)
@@ -96,6 +111,11 @@ def train(
     for note in bridge.notes:
         say(f"model: {note}")
     valid = validation_corpus(config, encoder)
+    _check_sizes(config, bridge, valid)
+    # everything that can be wrong with the input was read by now: only then is an earlier run's output replaced
+    if processes.is_main_process:
+        _open(run, config, fresh=resumed is None)
+    processes.wait_for_everyone()
     objective = Objective(
         config.layout,
         config.noise,
@@ -104,9 +124,12 @@ def train(
         config.objective.draws_per_pass,
         config.objective.complementary,
     )
-    steps = _steps(run, config, bridge, objective, rows, resumed)
-    picture = draw_example(config.layout, bridge.spec.alignment, bridge.spec.clean_context, config.seed)
-    write_text(run.path / "results" / "mask.txt", picture + "\n")
+    if processes.is_main_process:
+        _plan(run, config, bridge, objective, rows, processes.num_processes)
+        picture = draw_example(config.layout, bridge.spec.alignment, bridge.spec.clean_context, config.seed)
+        write_text(run.path / "results" / "mask.txt", picture + "\n")
+    processes.wait_for_everyone()
+    steps = int(yaml.safe_load(run.plan.read_text())["steps"])
     say(
         f"training: {steps} steps on {torch.get_num_threads()} threads, {bridge.backbone.num_parameters():,} parameters"
     )
@@ -126,9 +149,14 @@ def train(
     seconds = time.perf_counter() - began
     if not trainer.is_world_process_zero():
         return run
-    bridge.save(run.checkpoint)
+    try:
+        bridge.save(run.checkpoint)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(
+            f"could not write the finished model to {run.checkpoint}: {error}; make room and --resume"
+        ) from error
     done = steps - _step_of(resumed)
-    tokens = done * config.train.rows * config.train.accumulation * rows.tokens / len(rows)
+    tokens = done * _rows_a_step(config, processes.num_processes) * rows.tokens / len(rows)
     write_json(
         run.result("train"),
         record(
@@ -144,33 +172,54 @@ def measure(
     run: RunDirectory, bridge: BlockDiffusionModel, valid: Corpus, sizes: list[int], *, draws: int, seed: int
 ) -> list[BoundRow]:
     """Bounds on the validation documents, written to results/bound.json."""
-    sizes = [size for size in sizes if size == 1 or bridge.spec.is_diffusion]
-    rows = bound(bridge, valid.documents, sizes, draws=draws, seed=seed)
+    rows = bound(bridge, valid.documents, measurable(bridge, sizes), draws=draws, seed=seed)
     write_json(run.result("bound"), record("eval bound", seed, rows=[row.to_json() for row in rows]))
     return rows
 
 
-def _prepare(run: RunDirectory, config: RunConfig, resume: bool, overwrite: bool) -> Path | None:
-    """Make the run directory; returns the checkpoint to go on from, if there is one."""
+def measurable(bridge: BlockDiffusionModel, sizes: list[int]) -> list[int]:
+    """The block sizes of a list at which this model can be scored: an AR model has 1 alone."""
+    return [size for size in sizes if size == 1 or bridge.spec.is_diffusion]
+
+
+def _resumable(run: RunDirectory, config: RunConfig, resume: bool, overwrite: bool) -> Path | None:
+    """The checkpoint to go on from, if there is one and it is asked for. Touches nothing."""
     found = last_checkpoint(run.trainer)
     if resume:
         if run.config.exists() and (key := run.difference(config)):
             raise ConfigError(f"--resume: {key} differs from {run.config}; a resumed run must keep its configuration")
-    elif (run.checkpoint.exists() or found) and not overwrite:
+        if found is None and run.checkpoint.exists():
+            raise ConfigError(f"--resume: {run.path} is finished; use {run.checkpoint}, or start anew with --overwrite")
+        return found
+    if (run.checkpoint.exists() or found) and not overwrite:
         raise ConfigError(
             f"output: {run.path} already holds a run; go on with --resume, start anew with --overwrite, "
             "or set another output"
         )
-    else:
-        found = None
+    start = config.model.init
+    above = [] if start is None else [Path(start).resolve(), *Path(start).resolve().parents]
+    if any((run.path / name).resolve() in above for name in run.CLEARED):
+        raise ConfigError(f"model.init: {start} lies where a new run in {run.path} clears; set another output")
+    return None
+
+
+def _check_sizes(config: RunConfig, bridge: BlockDiffusionModel, valid: Corpus | None) -> None:
+    """Refuse what the validation could not measure, before the training rather than after it."""
+    if valid is not None and (sizes := measurable(bridge, config.eval.block_sizes)):
+        check_bound(bridge, valid.documents, sizes)
+
+
+def _open(run: RunDirectory, config: RunConfig, *, fresh: bool) -> None:
+    """Make the run directory, emptied of an earlier run if this one is new."""
     try:
-        if found is None:
+        if fresh:
             run.clear()
         run.trainer.mkdir(parents=True, exist_ok=True)
+        for left in run.trainer.glob(".saving-*"):  # of a run that was killed while it saved
+            shutil.rmtree(left, ignore_errors=True)
         write_text(run.config, config.dump())
     except OSError as error:
         raise ConfigError(f"output: cannot write to {run.path}: {error.strerror or error}") from error
-    return found
 
 
 def _difference(saved: object, now: object, place: str) -> str | None:
@@ -186,7 +235,7 @@ def _validator(config: RunConfig, valid: Corpus | None) -> Callable[[BlockDiffus
     documents = valid.documents[: config.eval.documents]
 
     def validate(bridge: BlockDiffusionModel) -> dict[str, float]:
-        sizes = [size for size in config.eval.block_sizes if size == 1 or bridge.spec.is_diffusion]
+        sizes = measurable(bridge, config.eval.block_sizes)
         rows = bound(bridge, documents, sizes, draws=config.eval.draws, seed=config.seed)
         metrics = {f"bound_b{row.block_size}": row.nats_per_token for row in rows}
         return metrics | {f"bound_b{row.block_size}_se": row.se for row in rows if row.se is not None}
@@ -194,31 +243,31 @@ def _validator(config: RunConfig, valid: Corpus | None) -> Callable[[BlockDiffus
     return validate
 
 
-def _steps(
+def _rows_a_step(config: RunConfig, processes: int) -> int:
+    return config.train.rows * config.train.accumulation * processes
+
+
+def _plan(
     run: RunDirectory,
     config: RunConfig,
     bridge: BlockDiffusionModel,
     objective: Objective,
     rows: PackedRows,
-    resumed: Path | None,
-) -> int:
-    """Optimizer steps of the whole run; a budget in minutes is measured once and kept in plan.yaml for resumed runs."""
-    plan = run.path / "plan.yaml"
-    if resumed is not None and plan.exists():
-        return int(yaml.safe_load(plan.read_text())["steps"])
+    processes: int,
+) -> None:
+    """Write the number of steps to plan.yaml: a budget in minutes is measured once, and resumed runs keep it."""
+    if run.plan.exists():
+        return
     budget = config.train
-    passes = budget.rows * budget.accumulation
     if budget.steps is not None:
         steps = budget.steps
     elif budget.tokens is not None:
-        steps = max(1, round(budget.tokens / (passes * rows.tokens / len(rows))))
+        steps = max(1, round(budget.tokens / (_rows_a_step(config, processes) * rows.tokens / len(rows))))
     else:
         assert budget.minutes is not None
-        steps = max(
-            1, int(budget.minutes * 60 / (budget.accumulation * _seconds_per_pass(config, bridge, objective, rows)))
-        )
-    write_text(plan, yaml.safe_dump({"steps": steps}))
-    return steps
+        seconds = budget.accumulation * _seconds_per_pass(config, bridge, objective, rows)
+        steps = max(1, int(budget.minutes * 60 / seconds))
+    write_text(run.plan, yaml.safe_dump({"steps": steps}))
 
 
 def _seconds_per_pass(config: RunConfig, bridge: BlockDiffusionModel, objective: Objective, rows: PackedRows) -> float:

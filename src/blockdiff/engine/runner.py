@@ -45,8 +45,8 @@ def check(model: BlockDiffusionModel, request: Request) -> None:
         )
     if request.block_size > 1 and not model.spec.is_diffusion:
         raise ValueError(
-            f"block size {request.block_size}: this is a plain autoregressive checkpoint, which decodes at block size "
-            "1 only; adapt it with `blockdiff train --init` first"
+            f"block size {request.block_size}: this is an autoregressive checkpoint without a [MASK], which decodes at "
+            "block size 1 only; adapt it with `blockdiff train --init` first"
         )
 
 
@@ -63,6 +63,8 @@ def generate(
 
     Raises ValueError for a request the model cannot serve, before any work is done.
     """
+    if not requests:
+        return []
     for request in requests:
         check(model, request)
     if model.tokenizer is None:

@@ -9,8 +9,8 @@ documents are batched, and differences between rows are paired by document.
 beside it the exact negative log-likelihood of the sampler that reveals one uniformly random token at a time.
 
 Standard errors are clustered by document: they cover which documents were drawn and, within them, the Monte Carlo noise
-(`se_mc` is the latter alone). Documents longer than the trained length are scored in windows, each block seeing at
-least half a window of context where there is that much.
+(`se_mc` is the latter alone). Documents longer than the trained length are scored in windows, each block of up to half
+a window seeing at least half a window of context where there is that much, a longer one what is left of the window.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def bound(
     bounds the two-stream tokens of a pass (default: 8192, fewer for a large vocabulary). Raises ValueError for a block
     size or an offset that the documents or the model cannot have.
     """
-    _check(model, documents, block_sizes, offsets, draws, exact)
+    check_bound(model, documents, block_sizes, offsets, draws, exact)
     plan = [(size, offset) for size in block_sizes for offset in offsets if offset == 0 or offset < size]
     rows: list[BoundRow] = []
     first: tuple[Tensor, Tensor] | None = None
@@ -123,11 +123,11 @@ def document_nll(model: BlockDiffusionModel, documents: Sequence[Document]) -> l
     """Summed negative log-likelihood in nats of each document at block size 1, where the bound is exact."""
     if not documents:
         return []
-    _check(model, documents, [1], [0], 1, False)
+    check_bound(model, documents, [1])
     was_training = model.training
     model.eval()
     pieces = list(_pieces(model, documents, 1, 0))
-    measured = _Measurement(model, 1, 0, 1, False, 0).run(pieces, _room(model), lambda done: None)
+    measured = _Measurement(model, 1, 0, 1, False, 0, 0.0).run(pieces, _room(model), lambda done: None)
     model.train(was_training)
     found = torch.zeros(len(documents), dtype=torch.float64)
     found.index_add_(0, torch.tensor([piece.index for piece in measured.pieces]), torch.cat(measured.totals, 1)[0])
@@ -341,13 +341,13 @@ def _pieces(model: BlockDiffusionModel, documents: Sequence[Document], size: int
             yield _Piece(document, index, 0, offset)
             continue
         given = int(np.argmin(document.prompt))  # where the first scored token stands
-        advance = max(length // 2 // size, 1) * size
+        advance = max(length // 2 // size, 1)  # blocks of a window that are scored
         begin, head = given, offset
         while begin < len(document):
-            end = begin + head + advance
-            if begin == given:  # the first window fills up
-                end = max(end, given + head + (length - given - head) // size * size)
-            end = min(end, len(document))
+            blocks = advance
+            if begin == given:  # the first window fills up, with at least one token of context
+                blocks = min(max((length - given - head) // size, advance), (length - 1 - head) // size)
+            end = min(begin + head + blocks * size, len(document))
             origin = max(0, end - length)
             prompt = document.prompt[origin:end].copy()
             prompt[: begin - origin] = True
@@ -378,14 +378,15 @@ def _batches(pieces: list[_Piece], batch_tokens: int) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def _check(
+def check_bound(
     model: BlockDiffusionModel,
     documents: Sequence[Document],
     block_sizes: Sequence[int],
-    offsets: Sequence[int],
-    draws: int,
-    exact: bool,
+    offsets: Sequence[int] = (0,),
+    draws: int = 1,
+    exact: bool = False,
 ) -> None:
+    """Raise ValueError for what `bound` could not measure."""
     if not documents:
         raise ValueError("there are no documents to score")
     longest = max(document.scored for document in documents)
@@ -401,7 +402,7 @@ def _check(
             )
         if size > 1 and not model.spec.is_diffusion:
             raise ValueError(
-                f"block size {size}: this is a plain autoregressive checkpoint (no block_diffusion.json), which can be "
+                f"block size {size}: this is an autoregressive checkpoint without a [MASK], which can be "
                 "scored at block size 1 only; adapt it with `blockdiff train --init` first"
             )
         if exact and size - int(first_clean) > MAX_EXACT:

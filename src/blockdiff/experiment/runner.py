@@ -24,7 +24,7 @@ from blockdiff.experiment.plan import Evaluate, Experiment, Run
 from blockdiff.files import write_json, write_text
 from blockdiff.runtime import record
 from blockdiff.trainer import last_checkpoint
-from blockdiff.training import train
+from blockdiff.training import measurable, train
 
 RESULT = "experiment"
 Say = Callable[[str], None]
@@ -100,7 +100,7 @@ def _measure(run: Run, evaluate: Evaluate) -> None:
     assert run.config.data.valid is not None
     paths = [run.config.data.valid] if isinstance(run.config.data.valid, str) else run.config.data.valid
     documents = [document for path in paths for document in documents_of(model, path, run.config.data.bad_rows)]
-    sizes = [size for size in evaluate.block_sizes if size == 1 or model.spec.is_diffusion]
+    sizes = measurable(model, evaluate.block_sizes)
     offsets = [offset for offset in evaluate.offsets if offset == 0 or offset < max(sizes, default=0)]
     rows = []
     if sizes:  # a plain AR model of an experiment without block size 1 has nothing to measure
