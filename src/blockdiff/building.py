@@ -11,6 +11,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blockdiff import data, loading
 from blockdiff.config import ConfigError, ModelConfig, RunConfig
+from blockdiff.coverage import SpanShare, histogram
 from blockdiff.data import Corpus, Encoder, PackedRows
 from blockdiff.model import BlockDiffusionModel, Spec
 from blockdiff.tokenizer import train_tokenizer
@@ -36,6 +37,8 @@ def build_model(config: RunConfig) -> BlockDiffusionModel:
         noise=config.noise,
         trained_length=config.data.length,
         ar_trained=causal and (config.objective.ar_weight > 0 or config.layout.kind == "ar"),
+        documents=(),
+        trained_tokens=0,
     )
     return bridge
 
@@ -60,6 +63,11 @@ def training_rows(config: RunConfig, encoder: Encoder) -> tuple[Corpus, PackedRo
     corpus.documents = corpus.documents[: config.data.limit]
     pieces, _ = data.cut(corpus.documents, config.data.length)
     return corpus, PackedRows(data.pack(pieces, config.data.length))
+
+
+def trained_documents(rows: PackedRows) -> tuple[SpanShare, ...]:
+    """The lengths of what is trained, for the checkpoint: each span of scored tokens with what is given before it."""
+    return histogram(span for row in rows.rows for document in row for span in document.spans())
 
 
 def validation_corpus(config: RunConfig, encoder: Encoder) -> Corpus | None:

@@ -51,6 +51,11 @@ class Document:
         """Tokens that a loss or a bound counts."""
         return int((~self.prompt).sum())
 
+    def spans(self) -> list[tuple[int, int]]:
+        """(tokens before it in the document, its length) of every run of scored tokens."""
+        edges = np.flatnonzero(np.diff(self.prompt, prepend=True, append=True))
+        return [(begin, end - begin) for begin, end in edges.reshape(-1, 2).tolist()]
+
 
 @dataclass
 class Corpus:
@@ -240,6 +245,11 @@ class PackedRows(Dataset[list[Document]]):
     def tokens(self) -> int:
         """Tokens in all rows, padding not counted."""
         return sum(len(document) for row in self.rows for document in row)
+
+    @property
+    def scored(self) -> int:
+        """Scored tokens in all rows."""
+        return sum(document.scored for row in self.rows for document in row)
 
 
 def collate(rows: Sequence[Sequence[Document]]) -> dict[str, Tensor]:

@@ -233,7 +233,7 @@ class ScaleMixture(LayoutDistribution):
         return torch.where((size == 0)[:, None], scales, grids)
 
     def configurations(self, length: int) -> Tensor:
-        nodes, weights = _gauss_legendre(64)
+        nodes, weights = gauss_legendre(64)
         table = _geometric_table(self.max_size**-nodes, weights, length) * self._with_scales()[0]
         for size, share in self.atoms.items():
             table = table + share * _random_offset_table(size, length)
@@ -368,17 +368,15 @@ def _renewal_table(weights: Tensor, length: int) -> Tensor:
 def _geometric_table(rates: Tensor, weights: Tensor, length: int) -> Tensor:
     """Mixture, with the given weights, of geometric lengths at the given rates."""
     sizes = torch.arange(length + 1, dtype=torch.float64)
-    table = torch.zeros(length, length + 1, dtype=torch.float64)
-    for rate, weight in zip(rates.tolist(), weights.tolist(), strict=True):
-        at_least = (1 - rate) ** (sizes - 1).clamp(min=0)
-        begins = torch.full((length,), rate, dtype=torch.float64)
-        begins[0] = 1
-        table += weight * _cut_table(begins, (rate * at_least)[None], at_least[None])
-    return table
+    at_least = (1 - rates[:, None]) ** (sizes - 1).clamp(min=0)
+    # after the span's first token a block begins with the rate itself, wherever it is
+    first, later, both = ((weights.double() * rates**power) @ at_least for power in (0, 1, 2))
+    beginning = torch.arange(length)[:, None] == 0
+    return _cut_table(torch.ones(length), torch.where(beginning, later, both), torch.where(beginning, first, later))
 
 
 def _cut_table(begins: Tensor, probability: Tensor, at_least: Tensor) -> Tensor:
-    """begins [L], P(length = w) and P(length >= w) [1, L + 1] -> [L, L + 1], blocks cut at the span's end."""
+    """begins [L], P(length = w) and P(length >= w) [1 or L, L + 1] -> [L, L + 1], blocks cut at the span's end."""
     length = len(begins)
     room = length - torch.arange(length)[:, None]
     size = torch.arange(length + 1)[None]
@@ -386,7 +384,7 @@ def _cut_table(begins: Tensor, probability: Tensor, at_least: Tensor) -> Tensor:
     return begins[:, None] * torch.where(size == 0, 0.0, inside)
 
 
-def _gauss_legendre(count: int) -> tuple[Tensor, Tensor]:
+def gauss_legendre(count: int) -> tuple[Tensor, Tensor]:
     """Nodes and weights of the quadrature on [0, 1] (Golub & Welsch: eigenvalues of the Jacobi matrix)."""
     k = torch.arange(1, count, dtype=torch.float64)
     beta = k / torch.sqrt(4 * k**2 - 1)

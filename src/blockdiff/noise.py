@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor
 
-from blockdiff.distributions import FORBID_EXTRA
+from blockdiff.distributions import FORBID_EXTRA, gauss_legendre
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,10 @@ class Noise(ABC):
     def corrupt(self, block: Tensor, u_block: Tensor, u_token: Tensor) -> Corruption:
         """block [N] ascending from 0; u_block [number of blocks] and u_token [N] uniform in (0, 1), float64."""
 
+    @abstractmethod
+    def count_probability(self, n: int) -> Tensor:
+        """Probability that k of a block's n maskable tokens are masked, k = 0..n: float64 [n + 1], sum 1."""
+
     def draw(self, block: Tensor, generator: Generator) -> Corruption:
         """One draw, noise levels stratified over all blocks of the batch and shuffled among them."""
         u_token = torch.rand(len(block), dtype=torch.float64, generator=generator).to(block.device)
@@ -81,6 +85,11 @@ class ExactCount(Noise):
         masked = rank_in_block(block, u_token) < count[block]
         size, count = size[block], count[block]
         return Corruption(masked, size / count.double(), count, size)
+
+    def count_probability(self, n: int) -> Tensor:
+        probability = torch.full((n + 1,), 1 / max(n, 1), dtype=torch.float64)
+        probability[0] = float(n == 0)
+        return probability
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,10 @@ class Bernoulli(Noise):
         t = self.t_min + (1 - self.t_min) * u_block
         return _independent(block, self.mask_rate(t), self.rate_weight(t), u_token)
 
+    def count_probability(self, n: int) -> Tensor:
+        u, weight = _levels(n)
+        return weight @ _binomial(n, self.mask_rate(self.t_min + (1 - self.t_min) * u))
+
 
 @dataclass(frozen=True)
 class Clipped(Noise):
@@ -143,6 +156,10 @@ class Clipped(Noise):
     def corrupt(self, block: Tensor, u_block: Tensor, u_token: Tensor) -> Corruption:
         rate = self.low + (self.high - self.low) * u_block
         return _independent(block, rate, 1 / rate, u_token)
+
+    def count_probability(self, n: int) -> Tensor:
+        u, weight = _levels(n)
+        return weight @ _binomial(n, self.low + (self.high - self.low) * u)
 
 
 AnyNoise = ExactCount | Bernoulli | Clipped
@@ -199,6 +216,19 @@ def _independent(block: Tensor, rate: Tensor, weight: Tensor, u_token: Tensor) -
     size = torch.bincount(block, minlength=len(rate))
     count = torch.zeros_like(size).index_add(0, block, masked.long())
     return Corruption(masked, weight[block], count[block], size[block])
+
+
+def _levels(n: int) -> tuple[Tensor, Tensor]:
+    """Quadrature over u_block: exact for polynomials of degree n (rates linear in u) while n is below about 1000."""
+    return gauss_legendre(min(n // 2 + 32, 512))
+
+
+def _binomial(n: int, rate: Tensor) -> Tensor:
+    """Probability of k successes in n trials at each rate [R]: float64 [R, n + 1]."""
+    k, trials = torch.arange(n + 1, dtype=torch.float64), torch.tensor(float(n), dtype=torch.float64)
+    ways = torch.lgamma(trials + 1) - torch.lgamma(k + 1) - torch.lgamma(trials - k + 1)
+    rate = rate[:, None]
+    return torch.exp(ways + torch.xlogy(k, rate) + torch.xlogy(n - k, 1 - rate))
 
 
 def _number_of(block: Tensor) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -19,7 +19,7 @@ from torch import Generator
 from transformers import TrainerCallback, TrainingArguments
 
 from blockdiff import data
-from blockdiff.building import build_model, encoder_of, training_rows, validation_corpus
+from blockdiff.building import build_model, encoder_of, trained_documents, training_rows, validation_corpus
 from blockdiff.config import ConfigError, RunConfig
 from blockdiff.data import Corpus, PackedRows
 from blockdiff.evaluate import BoundRow, bound
@@ -87,6 +87,7 @@ def train(
     say(f"data: {corpus.summary()} -> {len(rows)} rows of {config.data.length}")
     for note in bridge.notes:
         say(f"model: {note}")
+    bridge.spec = replace(bridge.spec, documents=trained_documents(rows))
     valid = validation_corpus(config, encoder)
     objective = Objective(config.layout, config.noise, config.objective.weighting, config.objective.ar_weight)
     steps = _steps(run, config, bridge, objective, rows, resumed)
@@ -109,6 +110,8 @@ def train(
     seconds = time.perf_counter() - began
     if not trainer.is_world_process_zero():
         return run
+    passes = config.train.accumulation * trainer.args.world_size
+    bridge.spec = replace(bridge.spec, trained_tokens=int(steps * passes * config.train.rows * rows.scored / len(rows)))
     bridge.save(run.checkpoint)
     done = steps - _step_of(resumed)
     tokens = done * config.train.rows * config.train.accumulation * rows.tokens / len(rows)

@@ -65,7 +65,7 @@ class BoundRow:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Window:
     """A document, or a window of one: `origin` is the document's position of its first token, `head` the offset of its
     first block."""
 
@@ -93,7 +93,7 @@ def bound(
     bounds the two-stream tokens of a pass (default: 8192, fewer for a large vocabulary). Raises ValueError for a block
     size or an offset that the documents or the model cannot have.
     """
-    _check(model, documents, block_sizes, offsets, draws, exact)
+    check(model, documents, block_sizes, offsets, draws, exact)
     plan = [(size, offset) for size in block_sizes for offset in offsets if offset == 0 or offset < size]
     rows: list[BoundRow] = []
     first: tuple[Tensor, Tensor] | None = None
@@ -101,7 +101,7 @@ def bound(
     was_training = model.training
     model.eval()
     for done, (size, offset) in enumerate(plan):
-        pieces = list(_pieces(model, documents, size, offset))
+        pieces = list(windows(model, documents, size, offset))
 
         def report(part: float, done: int = done) -> None:
             if on_progress is not None:
@@ -145,13 +145,13 @@ class _Measurement:
         noisy = size - int(self.alignment.first_is_clean)
         self.noiseless = noisy <= 1  # a single place is always masked: nothing is random
         self.passes = 1 if self.noiseless else (2**noisy - 1 if exact else draws)
-        self.pieces: list[_Piece] = []
+        self.pieces: list[Window] = []
         self.totals: list[Tensor] = []  # [passes, pieces of the batch]
         self.nll: list[Tensor] = []
         self.counts: list[Tensor] = []
 
     @torch.inference_mode()
-    def run(self, pieces: list[_Piece], batch_tokens: int, report: Callable[[float], None]) -> _Measurement:
+    def run(self, pieces: list[Window], batch_tokens: int, report: Callable[[float], None]) -> _Measurement:
         total = sum(len(piece.document) for piece in pieces)
         seen = 0
         for batch in _batches(pieces, batch_tokens):
@@ -160,7 +160,7 @@ class _Measurement:
             report(seen / total)
         return self
 
-    def _batch(self, pieces: list[_Piece]) -> None:
+    def _batch(self, pieces: list[Window]) -> None:
         data = collate([[piece.document] for piece in pieces])
         device = self.model.device
         ids, doc, prompt = (data[name].to(device) for name in ("input_ids", "doc", "prompt"))
@@ -191,7 +191,7 @@ class _Measurement:
         self.totals.append(sums)
         self.counts.append(torch.tensor([piece.document.scored for piece in pieces], dtype=torch.float64))
 
-    def _keys(self, pieces: list[_Piece], tokens: TokenMap, can: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+    def _keys(self, pieces: list[Window], tokens: TokenMap, can: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
         """(document, position in it) of every maskable token, and of every block's first maskable token."""
         index = torch.tensor([piece.index for piece in pieces], device=tokens.doc.device)
         origin = torch.tensor([piece.origin for piece in pieces], device=tokens.doc.device)
@@ -298,12 +298,12 @@ class _RandomOrder:
         )
 
 
-def _pieces(model: BlockDiffusionModel, documents: Sequence[Document], size: int, offset: int) -> Iterator[_Piece]:
-    """Documents no longer than the trained length; longer ones in windows that advance by about half of it."""
+def windows(model: BlockDiffusionModel, documents: Sequence[Document], size: int, offset: int) -> Iterator[Window]:
+    """What is scored in one pass: documents no longer than the trained length; longer ones in windows that advance by about half of it."""
     length = window_length(model)
     for index, document in enumerate(documents):
         if len(document) <= length:
-            yield _Piece(document, index, 0, offset)
+            yield Window(document, index, 0, offset)
             continue
         given = int(np.argmin(document.prompt))  # where the first scored token stands
         advance = max(length // 2 // size, 1) * size
@@ -317,7 +317,7 @@ def _pieces(model: BlockDiffusionModel, documents: Sequence[Document], size: int
             prompt = document.prompt[origin:end].copy()
             prompt[: begin - origin] = True
             if not prompt.all():
-                yield _Piece(Document(document.ids[origin:end], prompt, document.name), index, origin, head)
+                yield Window(Document(document.ids[origin:end], prompt, document.name), index, origin, head)
             begin, head = end, 0
 
 
@@ -326,9 +326,9 @@ def window_length(model: BlockDiffusionModel) -> int:
     return min(model.spec.trained_length or model.context_length, model.context_length)
 
 
-def _batches(pieces: list[_Piece], batch_tokens: int) -> Iterator[list[_Piece]]:
+def _batches(pieces: list[Window], batch_tokens: int) -> Iterator[list[Window]]:
     """Pieces of similar length together, at most `batch_tokens` of two-stream input in a batch."""
-    batch: list[_Piece] = []
+    batch: list[Window] = []
     for piece in sorted(pieces, key=lambda piece: len(piece.document)):
         if batch and 2 * len(piece.document) * (len(batch) + 1) > batch_tokens:
             yield batch
@@ -338,7 +338,7 @@ def _batches(pieces: list[_Piece], batch_tokens: int) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def _check(
+def check(
     model: BlockDiffusionModel,
     documents: Sequence[Document],
     block_sizes: Sequence[int],
@@ -346,6 +346,7 @@ def _check(
     draws: int,
     exact: bool,
 ) -> None:
+    """Refuse block sizes and offsets that the documents or the model cannot have: ValueError."""
     if not documents:
         raise ValueError("there are no documents to score")
     longest = max(document.scored for document in documents)
