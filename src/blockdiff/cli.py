@@ -14,6 +14,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     from blockdiff.api import Model
     from blockdiff.data import BadRows
+    from blockdiff.decode import Policy
     from blockdiff.evaluate import BoundRow
 
 app = typer.Typer(
@@ -30,6 +31,10 @@ out, err = Console(), Console(stderr=True)
 Seed = Annotated[int, typer.Option(help="Seed of every random number.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON to this file.")]
 ModelPath = Annotated[str, typer.Argument(help="Checkpoint directory, or a Hugging Face hub name.")]
+PolicyName = Annotated[str, typer.Option("--policy", help="threshold, fixed_count or random_order.")]
+Threshold = Annotated[float | None, typer.Option(help="Fill every position at least this certain.")]
+PerStep = Annotated[int | None, typer.Option(help="Fill at least this many positions a step.")]
+BlockSize = Annotated[int | None, typer.Option(help="Tokens denoised together; default: the checkpoint's.")]
 Changes = Annotated[list[str] | None, typer.Option("--set", help="Change a key, e.g. --set data.length=256.")]
 
 
@@ -89,32 +94,29 @@ def generate(
     path: ModelPath,
     prompt: Annotated[list[str], typer.Option("--prompt", help="Text to continue; give it several times for a batch.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
-    block_size: Annotated[int | None, typer.Option(help="Tokens denoised together; default: the checkpoint's.")] = None,
-    policy: Annotated[str, typer.Option(help="threshold, fixed_count or random_order.")] = "threshold",
-    threshold: Annotated[float | None, typer.Option(help="Fill every position at least this certain.")] = None,
-    per_step: Annotated[int | None, typer.Option(help="Fill at least this many positions a step.")] = None,
+    block_size: BlockSize = None,
+    policy: PolicyName = "threshold",
+    threshold: Threshold = None,
+    per_step: PerStep = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw from the k most likely tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw from the smallest set with this probability; 1: all.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End the text before this string; repeatable.")] = None,
     show_steps: Annotated[bool, typer.Option("--show-steps", help="Show each block as it fills.")] = False,
+    strict_coverage: Annotated[
+        bool, typer.Option("--strict-coverage", help="Refuse what training does not cover, instead of warning.")
+    ] = False,
     seed: Seed = 0,
     json_file: JsonFile = None,
 ) -> None:
     """Continue a prompt, several tokens at a time."""
-    from dataclasses import replace
-
-    from blockdiff.api import named_policy
     from blockdiff.decode import Sampling
     from blockdiff.runtime import record
 
-    chosen = named_policy(policy)
-    if threshold is not None:
-        chosen = replace(chosen, threshold=threshold)
-    if per_step is not None:
-        chosen = replace(chosen, per_step=per_step)
+    chosen = _policy(policy, threshold, per_step)
     sampling = Sampling(temperature, top_k, top_p)
     model = _load(path)
+    _check_coverage(model, prompt, max_new_tokens, block_size, chosen, strict_coverage)
     single = len(prompt) == 1
     show = _StepPrinter(model) if show_steps else None
     if single and not show_steps:
@@ -188,6 +190,54 @@ def eval_bound(
     _write(json_file, record("eval bound", seed, model=path, data=[str(file) for file in data], rows=results))
 
 
+@evaluations.command("coverage")
+def eval_coverage(
+    path: ModelPath,
+    block_size: BlockSize = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 128,
+    policy: PolicyName = "threshold",
+    threshold: Threshold = None,
+    per_step: PerStep = None,
+    data: Annotated[list[Path] | None, typer.Option(help="Ask for an evaluation on this file instead.")] = None,
+    block_sizes: Annotated[str, typer.Option(help="With --data: comma-separated block sizes.")] = "1,2,4,8,16",
+    offsets: Annotated[str, typer.Option(help="With --data: comma-separated offsets.")] = "0",
+    figure: Annotated[Path | None, typer.Option(help="Also draw the map as PNG to this file.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Whether training covers what a decoder, or an evaluation, would ask of the model. Exit code 1: not all of it."""
+    from blockdiff import evaluate, report
+    from blockdiff.api import documents_of
+    from blockdiff.runtime import record
+
+    chosen = _policy(policy, threshold, per_step)
+    sizes, shifts = _numbers(block_sizes, "--block-sizes"), _numbers(offsets, "--offsets")
+    if data and block_size is not None:
+        raise ValueError("--block-size asks about a decoder and --data about an evaluation: give one of them")
+    model = _load(path)
+    if data:
+        documents = [document for file in data for document in documents_of(model, file)]
+        found = evaluate.evaluation_coverage(model, documents, sizes, shifts)
+        request: dict[str, Any] = {"data": [str(file) for file in data], "block_sizes": sizes, "offsets": shifts}
+    else:
+        size = model.spec.default_block_size if block_size is None else block_size
+        found = model.coverage(prompt_tokens, max_new_tokens=max_new_tokens, block_size=size, policy=chosen)
+        request = {
+            "prompt_tokens": prompt_tokens,
+            "max_new_tokens": max_new_tokens,
+            "block_size": size,
+            "policy": vars(chosen),
+        }
+    result = record("eval coverage", 0, model=path, request=request, **found.to_json())
+    out.print(report.coverage_summary(result), highlight=False)
+    if figure is not None:
+        report.coverage_figure(result, figure)
+        out.print(f"figure: {figure}")
+    _write(json_file, result)
+    if not found.covered:
+        raise typer.Exit(1)
+
+
 @app.command("report")
 def make_report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
     """Write RUN/report.html from the files of a run."""
@@ -243,6 +293,41 @@ def _load(path: str) -> Model:
     for note in model.notes:
         err.print(f"note: {note}", style="dim", markup=False)
     return model
+
+
+def _policy(name: str, threshold: float | None, per_step: int | None) -> Policy:
+    """The named policy with the settings that were given."""
+    from dataclasses import replace
+
+    from blockdiff.api import named_policy
+
+    chosen = named_policy(name)
+    if threshold is not None:
+        chosen = replace(chosen, threshold=threshold)
+    if per_step is not None:
+        chosen = replace(chosen, per_step=per_step)
+    return chosen
+
+
+def _check_coverage(
+    model: Model, prompts: list[str], max_new_tokens: int, block_size: int | None, policy: Policy, strict: bool
+) -> None:
+    """Warn about a decode that training does not cover, or refuse it."""
+    if not model.spec.is_diffusion:  # block size 1 is all it has, and generate refuses the rest
+        return
+    found = model.coverage(
+        [len(model.encode(prompt)) for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        block_size=block_size,
+        policy=policy,
+    )
+    if found.covered:
+        return
+    worst = found.worst
+    problem = f"not covered by training ({worst.kind}, {worst.share:.0%} of the calls): {worst.sentence}"
+    if strict:
+        raise ValueError(f"{problem}; see `blockdiff eval coverage`, or leave --strict-coverage out")
+    err.print(f"warning: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _numbers(text: str, option: str) -> list[int]:

@@ -88,7 +88,7 @@ def compare(mu: Trained, pi: Calls) -> Coverage:
         ratio_p95=_quantile(ratio, asked[known], 0.95),
         ratio_p99=_quantile(ratio, asked[known], 0.99),
         rare=rare,
-        octaves=_octaves(pi.cells, asked, share, known),
+        octaves=_octaves(mu, pi.cells, asked, known),
     )
 
 
@@ -165,22 +165,30 @@ def _quantile(values: Tensor, weight: Tensor, level: float) -> float | None:
     return float(values[order[min(int((below < level - 1e-12).sum()), len(values) - 1)]])
 
 
-def _octaves(cells: Tensor, asked: Tensor, share: Tensor, known: Tensor) -> tuple[dict[str, Any], ...]:
-    """Shares of pi and mu that fall on the cells asked for, summed by octaves of p and w."""
-    octave = torch.stack([_floor_log2(cells[:, 0]), _floor_log2(cells[:, 1])], 1)
-    distinct, which = octave.unique(dim=0, return_inverse=True)
-    sums = torch.zeros(len(distinct), 3, dtype=torch.float64)
-    sums.index_add_(0, which, torch.stack([asked, torch.where(known, share, 0.0), asked * ~known], 1))
-    return tuple(
-        {"before": _bounds(p), "size": _bounds(w), "asked": a, "trained": t, "uncovered": u}
-        for (p, w), (a, t, u) in zip(distinct.tolist(), sums.tolist(), strict=True)
-    )
+def _octaves(mu: Trained, cells: Tensor, asked: Tensor, known: Tensor) -> tuple[dict[str, Any], ...]:
+    """Shares of pi and mu by octaves of p and w, where something is asked."""
+    distinct, which = torch.stack([_octave(cells[:, 0]), _octave(cells[:, 1])], 1).unique(dim=0, return_inverse=True)
+    sums = torch.zeros(len(distinct), 2, dtype=torch.float64)
+    sums.index_add_(0, which, torch.stack([asked, asked * ~known], 1))
+    rows = []
+    for (p, w), (share, uncovered) in zip(distinct.tolist(), sums.tolist(), strict=True):
+        before, size = _range(p), _range(w)
+        rows.append(
+            {
+                "before": [before[0], before[-1]],
+                "size": [size[0], size[-1]],
+                "asked": share,
+                "trained": mu.share(before, size),
+                "uncovered": uncovered,
+            }
+        )
+    return tuple(rows)
 
 
-def _floor_log2(values: Tensor) -> Tensor:
-    """-1 for 0."""
+def _octave(values: Tensor) -> Tensor:
+    """Whole part of log2; -1 for 0."""
     return torch.frexp(values.double()).exponent.long() - 1
 
 
-def _bounds(octave: int) -> tuple[int, int]:
-    return (0, 0) if octave < 0 else (2**octave, 2 ** (octave + 1) - 1)
+def _range(octave: int) -> range:
+    return range(1) if octave < 0 else range(2**octave, 2 ** (octave + 1))

@@ -132,6 +132,14 @@ class Trained:
             found[here] = torch.where(known == masks[here], self.blocks[before[here], w] * counts[known], 0.0)
         return found
 
+    def share(self, before: range, size: range) -> float:
+        """Share of training's calls on blocks of these sizes at these places, whatever their masks."""
+        block = self.blocks[before.start : before.stop, size.start : size.stop].sum()
+        if self.alignment.shift and size.start <= 1:
+            block -= self.blocks[before.start : before.stop, 1 : min(size.stop, 2)].sum()
+            block += self._reads(torch.arange(before.start, max(before.start, min(before.stop, self.longest)))).sum()
+        return float(block) / self.calls
+
     @property
     def _reads_everywhere(self) -> bool:
         """The AR loss reads every scored token of the clean stream, where decoding reads it too."""

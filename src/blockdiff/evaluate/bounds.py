@@ -299,7 +299,7 @@ class _RandomOrder:
 
 
 def windows(model: BlockDiffusionModel, documents: Sequence[Document], size: int, offset: int) -> Iterator[Window]:
-    """What is scored in one pass: documents no longer than the trained length; longer ones in windows that advance by about half of it."""
+    """What is scored at once: documents up to the trained length; longer ones in windows that advance by about half."""
     length = window_length(model)
     for index, document in enumerate(documents):
         if len(document) <= length:
