@@ -144,11 +144,12 @@ def coverage_figure(result: dict[str, Any], file: Path) -> None:
         for x, cell in enumerate(line):
             if cell is not None and cell["uncovered"]:
                 axes.add_patch(_hatched(x, y))
-            axes.text(x, y, _mark(cell), ha="center", va="center")
+            paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
+            axes.text(x, y, _mark(cell), ha="center", va="center", bbox=paper)
     axes.set_xticks(range(len(before)), [_range(octave) for octave in before])
     axes.set_yticks(range(len(size)), [_range(octave) for octave in size])
     axes.set(xlabel="tokens before the block", ylabel="tokens in the block")
-    axes.set_title("x: never trained", loc="right", fontsize="medium")
+    axes.set_title("x, hatched: never trained, all of it or a part", loc="right", fontsize="medium")
     figure.colorbar(image, label="log2 (asked / trained)")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, format="png", dpi=120)
@@ -178,7 +179,7 @@ def _mark(cell: dict[str, Any] | None) -> str:
 def _hatched(x: int, y: int) -> Any:
     from matplotlib.patches import Rectangle
 
-    return Rectangle((x - 0.5, y - 0.5), 1, 1, hatch="///", facecolor="#f6d5d5", edgecolor="#b04040", linewidth=0)
+    return Rectangle((x - 0.5, y - 0.5), 1, 1, hatch="//", facecolor="none", edgecolor="#7a7f85", linewidth=0)
 
 
 def _range(octave: Any) -> str:

@@ -80,7 +80,7 @@ def grid_calls(alignment: Alignment, spans: Mapping[tuple[int, int, int], int], 
     blocks, times = _sum(found[:, :2], found[:, 2].double())
 
     def asked(n: int) -> Tensor:
-        return torch.cat([torch.zeros(1), torch.full((n,), 1 / n)]).double()
+        return torch.tensor([0.0] + [1 / n] * n, dtype=torch.float64)
 
     return _of_blocks(alignment, blocks, times, asked)
 

@@ -68,12 +68,13 @@ def masks_of(alignment: Alignment, size: int) -> int:
 class Trained:
     """mu: how often training makes each call.
 
-    blocks float64 [P, W + 1]: expected blocks at (p, w) in a random span; spans: their lengths; tokens: scored tokens
-    trained on in all (0: unknown). Nothing of the size of (p, w, k) is kept: `visits` computes the cells it is asked
-    for.
+    blocks float64 [P, W + 1]: expected blocks at (p, w) in a random span; reads float64 [P]: clean reads at p that come
+    with them, beside those of the AR loss; spans: their lengths; tokens: scored tokens trained on in all (0: unknown).
+    Nothing of the size of (p, w, k) is kept: `visits` computes the cells that it is asked for.
     """
 
     blocks: Tensor
+    reads: Tensor
     spans: tuple[SpanShare, ...]
     noise: Noise
     alignment: Alignment
@@ -93,9 +94,10 @@ class Trained:
     @cached_property
     def calls(self) -> float:
         """Expected calls of a span; draws that mask nothing are among them, and no cell."""
-        noisy = self.blocks[:, 2:] if self.alignment.first_is_clean or self.alignment.seeded else self.blocks
-        scored = sum(span.share * span.scored for span in self.spans) if self._reads_everywhere else 0.0
-        return float(noisy.sum() + self._reads_of_blocks.sum()) + scored
+        clean, everywhere = self.alignment.first_is_clean, self._reads_everywhere
+        noisy = self.blocks[:, 2:] if clean else self.blocks
+        reads = 0.0 if self.alignment.seeded else float(self.reads.sum())
+        return float(noisy.sum()) + reads + everywhere * sum(span.share * span.scored for span in self.spans)
 
     @cached_property
     def sizes(self) -> Tensor:
@@ -145,24 +147,8 @@ class Trained:
         """The AR loss reads every scored token of the clean stream, where decoding reads it too."""
         return self.ar_trained and self.alignment.shift
 
-    @cached_property
-    def _reads_of_blocks(self) -> Tensor:
-        """Clean reads that come with the blocks, by place: float64 [P]."""
-        if self.alignment.first_is_clean:
-            return torch.zeros(1, dtype=torch.float64) if self.ar_trained else self.blocks.sum(1)
-        if self.alignment.seeded:
-            return self.blocks[:, 1]
-        reads = torch.zeros(self.blocks.shape[0], dtype=torch.float64)
-        if self.alignment.shift:  # `noisy`: only a span's first token has no noisy slot before it
-            for given in {span.given for span in self.spans}:
-                for size in self.blocks[given].nonzero()[:, 0].tolist():
-                    k = torch.arange(size + 1, dtype=torch.float64)
-                    reads[given] += self.blocks[given, size] * (self.noise.count_probability(size) @ k) / size
-        return reads
-
     def _reads(self, before: Tensor) -> Tensor:
-        of_blocks = self._reads_of_blocks
-        found = torch.where(before < len(of_blocks), of_blocks[before.clamp(max=len(of_blocks) - 1)], 0.0)
+        found = torch.where(before < len(self.reads), self.reads[before.clamp(max=len(self.reads) - 1)], 0.0)
         for given, scored, share in self.spans if self._reads_everywhere else ():
             found = found + share * ((before >= given) & (before < given + scored))
         return found
@@ -178,9 +164,30 @@ def trained(
     tokens: int = 0,
 ) -> Trained:
     """The calls that training with these settings makes over documents whose spans are distributed as `spans`."""
-    if isinstance(layout, AR) and alignment.shift:  # no block has a mask, and the context may be very long
-        return Trained(torch.zeros(1, 2, dtype=torch.float64), tuple(spans), noise, alignment, True, tokens)
-    return Trained(_blocks(layout, spans), tuple(spans), noise, alignment, ar_trained, tokens)
+    if isinstance(layout, AR) and alignment.first_is_clean:  # no block has a mask, and the context may be very long
+        none = torch.zeros(1, 2, dtype=torch.float64)
+        return Trained(none, none[:, 0], tuple(spans), noise, alignment, True, tokens)
+    blocks = _blocks(layout, spans)
+    if not alignment.shift or (alignment.first_is_clean and ar_trained):  # the AR loss has the first tokens already
+        reads = torch.zeros(len(blocks), dtype=torch.float64)
+    elif alignment.first_is_clean:
+        reads = blocks.sum(1)
+    elif alignment.seeded:
+        reads = blocks[:, 1] * noise.count_probability(1)[1]
+    else:
+        reads = _reads_of_span_starts(layout, noise, spans, len(blocks))
+    return Trained(blocks, reads, tuple(spans), noise, alignment, ar_trained, tokens)
+
+
+def _reads_of_span_starts(layout: LayoutDistribution, noise: Noise, spans: Sequence[SpanShare], places: int) -> Tensor:
+    """Under the `noisy` boundary only a span's first token has no noisy slot before it: [P]."""
+    reads = torch.zeros(places, dtype=torch.float64)
+    for given, scored, share in spans:
+        sizes = layout.configurations(scored)[0]
+        for size in sizes.nonzero()[:, 0].tolist():
+            mean = noise.count_probability(size) @ torch.arange(size + 1, dtype=torch.float64)
+            reads[given] += share * sizes[size] * mean / size
+    return reads
 
 
 def _blocks(layout: LayoutDistribution, spans: Sequence[SpanShare]) -> Tensor:
