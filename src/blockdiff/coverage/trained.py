@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from blockdiff.distributions import AR, Full, LayoutDistribution
 from blockdiff.noise import Noise
@@ -201,13 +202,12 @@ def _blocks(layout: LayoutDistribution, spans: Sequence[SpanShare]) -> Tensor:
     # every other distribution draws a long span and cuts it, so the longest span's table holds those of all
     long = layout.configurations(longest)
     at_least = long.flip(1).cumsum(1).flip(1)
-    end = torch.arange(longest)[:, None] + torch.arange(longest + 1)[None]
     for given in {span.given for span in spans}:
         lengths = torch.zeros(longest + 1, dtype=torch.float64)
         for scored, share in ((span.scored, span.share) for span in spans if span.given == given):
             lengths[scored] += share
             place = torch.arange(scored)
             table[given + place, scored - place] += share * at_least[place, scored - place]
-        longer = lengths.flip(0).cumsum(0).flip(0) - lengths
-        table[given : given + longest] += long * longer[end.clamp(max=longest)]
+        longer = F.pad(lengths.flip(0).cumsum(0).flip(0) - lengths, (0, longest))
+        table[given : given + longest].addcmul_(long, longer.unfold(0, longest + 1, 1)[:longest])
     return table
