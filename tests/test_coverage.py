@@ -355,6 +355,8 @@ def test_an_evaluation_asks_for_what_it_scores(trained):
     firsts = [p for p, _, k in asked.cells.tolist() if k == 0]
     assert firsts == [2, 3, 7, 12, 13]  # a first block of one token, then fours
     assert asked.total == 5 + 3  # and one call for each block with masks, its numbers of masks sharing it
+    assert grid_calls(CLEAN, {(1, 2, 0): 3}, 8).cells.tolist() == [[1, 1, 0], [1, 2, 1]]  # shorter than a block
+    assert grid_calls(SAME, {(1, 2, 0): 3}, 8).times.tolist() == [1.5, 1.5]
     found = evaluate.evaluation_coverage(model, [chat], [1, 4], offsets=[0, 1])
     assert found.covered
     model.spec = replace(model.spec, layout=Fixed(4), documents=(SpanShare(2, 40, 1.0),))

@@ -106,7 +106,7 @@ def coverage_summary(result: dict[str, Any]) -> Group:
     if result["max_ratio"] is not None:
         ratios = [_times(result[name]) for name in ("max_ratio", "ratio_p99", "ratio_p95")]
         where = "asked / trained" if result["covered"] else "asked / trained where covered"
-        parts.append("{}: max {}, 99th percentile {}, 95th {}".format(where, *ratios))
+        parts.append("{}: max {}, p99 {}, p95 {}".format(where, *ratios))
     if result["rare"]:
         parts.append(
             f"rare: {_percent(result['rare'])} of the calls are in configurations met less than once on average"
@@ -173,7 +173,7 @@ def _mark(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return "·"
     ratio = _log_ratio(cell)
-    return ("" if ratio is None else f"{ratio:+.1f}") + ("x" if cell["uncovered"] else "")
+    return ("" if ratio is None else f"{round(ratio, 1) + 0.0:+.1f}") + ("x" if cell["uncovered"] else "")
 
 
 def _hatched(x: int, y: int) -> Any:

@@ -72,8 +72,9 @@ def grid_calls(alignment: Alignment, spans: Mapping[tuple[int, int, int], int], 
     """
     places = []
     for (given, scored, head), count in spans.items():
-        starts = torch.arange(head % block_size or block_size, scored, block_size)
-        edges = torch.cat([torch.tensor([0]), starts, torch.tensor([scored])])
+        place = torch.arange(scored)
+        starts = place[(place - head) % block_size == 0]
+        edges = torch.cat([torch.zeros(1), starts[starts > 0], torch.tensor([scored])]).long()
         rows = torch.stack([given + edges[:-1], edges.diff(), torch.full_like(edges[1:], count)], 1)
         places.append(rows)
     found = torch.cat(places)
