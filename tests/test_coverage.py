@@ -418,6 +418,13 @@ def test_a_new_training_forgets_the_documents_of_the_old(trained, tmp_path):
     assert (bridge.spec.documents, bridge.spec.trained_tokens) == ((), 0)
 
 
+def test_a_model_without_a_training_says_so():
+    bridge = tiny.model()
+    bridge.spec = replace(bridge.spec, trained_length=0)
+    with pytest.raises(ValueError, match="says nothing about its training"):
+        evaluate.decode_coverage(bridge, [4], block_size=4, max_new_tokens=8, policy=POLICIES["threshold"])
+
+
 # ---- the command ----
 
 

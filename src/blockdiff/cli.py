@@ -315,6 +315,8 @@ def _check_coverage(
     """Warn about a decode that training does not cover, or refuse it."""
     if not model.spec.is_diffusion:  # block size 1 is all it has, and generate refuses the rest
         return
+    if not model.spec.trained_length and not strict:  # with nothing known there is nothing to compare
+        return
     found = model.coverage(
         [len(model.encode(prompt)) for prompt in prompts],
         max_new_tokens=max_new_tokens,

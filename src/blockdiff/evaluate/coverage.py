@@ -26,9 +26,12 @@ from blockdiff.model import BlockDiffusionModel
 def trained_calls(model: BlockDiffusionModel) -> Trained:
     """What the checkpoint says it was trained on.
 
-    One that does not name its documents is taken to have seen texts of the trained length.
+    One that does not name its documents is taken to have seen texts of the trained length. Raises ValueError for one
+    that says nothing about its training.
     """
     spec = model.spec
+    if not spec.documents and spec.trained_length < 2:
+        raise ValueError("the checkpoint says nothing about its training (trained_length is 0): train it first")
     spans = spec.documents or (SpanShare(1, spec.trained_length - 1, 1.0),)
     return trained(
         spec.layout, spec.noise, spec.alignment, spans, ar_trained=spec.ar_trained, tokens=spec.trained_tokens
