@@ -95,10 +95,13 @@ class Trained:
     @cached_property
     def calls(self) -> float:
         """Expected calls of a span; draws that mask nothing are among them, and no cell."""
-        clean, everywhere = self.alignment.first_is_clean, self._reads_everywhere
-        noisy = self.blocks[:, 2:] if clean else self.blocks
-        reads = 0.0 if self.alignment.seeded else float(self.reads.sum())
-        return float(noisy.sum()) + reads + everywhere * sum(span.share * span.scored for span in self.spans)
+        noisy = self.blocks[:, 2:] if self.alignment.first_is_clean else self.blocks
+        total = float(noisy.sum())
+        if not self.alignment.seeded:  # there a read is a block of one token, counted already
+            total += float(self.reads.sum())
+        if self._reads_everywhere:
+            total += sum(span.share * span.scored for span in self.spans)
+        return total
 
     @cached_property
     def sizes(self) -> Tensor:
