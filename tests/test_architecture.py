@@ -15,13 +15,14 @@ ROOT = Path(blockdiff.__file__).parent
 # each layer may import the ones before it; modules of one layer as listed in SIDEWAYS only
 LAYERS = [
     {"rng", "files", "runtime", "layout", "distributions", "noise", "masks", "objectives", "reference", "decode"}
-    | {"curriculum", "statistics", "arithmetic"},
-    {"attention", "model", "probe", "loading", "data", "tokenizer", "presets", "config", "progress"},
+    | {"partitions", "masking", "curriculum", "coverage", "statistics", "arithmetic"},
+    {"attention", "model", "probe", "loading", "data", "datafiles", "tokenizer", "presets", "config", "progress"},
     {"trainer", "engine", "evaluate", "explain"},
     {"building", "training", "api", "report", "demo", "experiment", "sample"},
     {"cli_options", "cli_data", "cli_experiment", "cli", "__main__"},
 ]
 MATH = {"rng", "layout", "distributions", "noise", "masks", "objectives", "reference", "decode", "curriculum"}
+MATH |= {"coverage", "partitions", "masking"}
 
 
 def modules() -> dict[str, set[str]]:
@@ -68,6 +69,7 @@ def test_neighbours_that_must_not_know_each_other():
     render = (ROOT / "experiment" / "render.py").read_text()
     assert "blockdiff import" not in render
     assert "from blockdiff" not in render  # tables and plots come from the saved JSON and nothing else
+    assert imports["coverage"] <= {"distributions", "noise", "masking", "objectives", "decode", "partitions"}
 
 
 def test_the_mathematics_knows_torch_only():

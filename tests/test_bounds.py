@@ -12,9 +12,10 @@ import torch
 from conftest import SHARED, needs_shared
 
 import blockdiff
-from blockdiff.data import DataError, Document
+from blockdiff.data import Document
+from blockdiff.datafiles import DataError
 from blockdiff.evaluate import bound, unigram
-from blockdiff.evaluate.bounds import _pieces, ratio
+from blockdiff.evaluate.bounds import ratio, windows
 
 
 def random_documents(lengths: list[int], seed: int = 0, given: int = 1) -> list[Document]:
@@ -118,7 +119,7 @@ def test_documents_beyond_the_trained_length_are_scored_in_windows():
     (document,) = random_documents([61], given=3)
     for size, offset in ((1, 0), (4, 0), (4, 3), (5, 2), (8, 0)):
         seen = np.zeros(61, dtype=int)
-        pieces = list(_pieces(model, [document], size, offset))
+        pieces = list(windows(model, [document], size, offset))
         for piece in pieces:
             assert len(piece.document) <= 16
             scored = np.flatnonzero(~piece.document.prompt) + piece.origin
@@ -136,7 +137,7 @@ def test_documents_beyond_the_trained_length_are_scored_in_windows():
     ids, total = torch.tensor(document.ids.astype(int)), 0.0
     with torch.no_grad():
         model.backbone.set_attn_implementation("sdpa")
-        for piece in _pieces(model, [document], 1, 0):
+        for piece in windows(model, [document], 1, 0):
             window = ids[piece.origin : piece.origin + len(piece.document)]
             logits = model.backbone(input_ids=window[None]).logits[0]
             logits[:, model.spec.mask_id] = -torch.inf

@@ -15,7 +15,8 @@ from blockdiff.config import ConfigError, make_config
 from blockdiff.curriculum import ClipSearch, CountProposal, Growth
 from blockdiff.distributions import AR, Fixed, ScaleMixture
 from blockdiff.layout import TokenMap
-from blockdiff.noise import Clipped, ExactCount, LearnedCount, SearchedClip, complement, proposed_count
+from blockdiff.masking import complement, proposed_count
+from blockdiff.noise import Clipped, ExactCount, LearnedCount, SearchedClip
 from blockdiff.objectives import block_numbers, maskable, score, token_losses, two_streams
 from blockdiff.trainer import Objective, Schedule
 from blockdiff.training import train

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from blockdiff.data import DataError, Document, Encoder, collate, cut, pack, read_corpus
+from blockdiff.data import Document, Encoder, collate, cut, pack, read_corpus
+from blockdiff.datafiles import DataError
 from blockdiff.tokenizer import BEGIN, END, train_tokenizer
 
 CHAT = (

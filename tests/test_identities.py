@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from blockdiff.data import Document
 from blockdiff.evaluate import bound
 from blockdiff.layout import Layout, TokenMap
+from blockdiff.masking import Corruption, subset
 from blockdiff.model import BlockDiffusionModel
-from blockdiff.noise import Corruption, ExactCount, subset
+from blockdiff.noise import ExactCount
 from blockdiff.objectives import Alignment, block_numbers, maskable, score, token_losses, two_streams
 from blockdiff.reference import Block, Reference, blocks
 

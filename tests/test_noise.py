@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockdiff import noise
-from blockdiff.noise import Bernoulli, Clipped, ExactCount, left_masked, rank_in_block, stratified, subset
+from blockdiff.masking import left_masked, rank_in_block, stratified, subset
+from blockdiff.noise import Bernoulli, Clipped, ExactCount
 from blockdiff.rng import uniform
 
 ragged = st.lists(st.integers(1, 9), min_size=1, max_size=30)
@@ -206,3 +207,37 @@ def test_keyed_numbers_are_uniform_independent_and_pure():
     assert uniform(8, 3, 5) != grid[3, 5]
     assert float(grid.min()) > 0
     assert float(grid.max()) < 1
+
+
+NOISES = [
+    ExactCount(),
+    Bernoulli(),
+    Bernoulli("cosine"),
+    Bernoulli("log_linear", t_min=0.2),
+    Clipped(0.3, 0.8),
+    Clipped(0.5, 0.5),
+]
+
+
+@pytest.mark.parametrize("kind", NOISES, ids=repr)
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_count_probabilities_are_the_frequencies_of_draws(kind, n):
+    blocks = 20000
+    draw = kind.draw(blocks_of([n] * blocks), torch.Generator().manual_seed(n))
+    counted = torch.bincount(draw.masked.view(blocks, n).sum(1), minlength=n + 1) / blocks
+    probability = kind.count_probability(n)
+    assert float(probability.sum()) == pytest.approx(1, abs=1e-12)
+    error = (probability * (1 - probability) / blocks).sqrt()
+    assert ((counted - probability).abs() <= 5 * error + 1e-4).all()
+
+
+def test_count_probabilities_in_closed_form():
+    for n in (1, 4, 33, 700):
+        flat = torch.full((n + 1,), 1 / (n + 1), dtype=torch.float64)
+        torch.testing.assert_close(Bernoulli("linear", t_min=0.0).count_probability(n), flat)
+        assert ExactCount().count_probability(n).tolist() == [0.0, *[1 / n] * n]
+    for n in (3, 700):  # the integral of rate^n over [low, high]
+        expected = (0.8 ** (n + 1) - 0.3 ** (n + 1)) / ((n + 1) * 0.5)
+        assert float(Clipped(0.3, 0.8).count_probability(n)[n]) == pytest.approx(expected, rel=1e-9)
+    assert Clipped(0.5, 0.5).count_probability(2).tolist() == pytest.approx([0.25, 0.5, 0.25])
+    assert all(kind.count_probability(0).tolist() == pytest.approx([1.0]) for kind in NOISES)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from blockdiff.api import Model, bound, load, train
     from blockdiff.attention import UnsupportedModel
     from blockdiff.config import ConfigError
-    from blockdiff.data import DataError
+    from blockdiff.datafiles import DataError
     from blockdiff.decode import Policy, Sampling
 
 __version__ = "0.1.0"
@@ -20,7 +20,7 @@ __all__ = ["ConfigError", "DataError", "Model", "Policy", "Sampling", "Unsupport
 
 _HOMES = {
     "ConfigError": "blockdiff.config",
-    "DataError": "blockdiff.data",
+    "DataError": "blockdiff.datafiles",
     "Policy": "blockdiff.decode",
     "Sampling": "blockdiff.decode",
     "UnsupportedModel": "blockdiff.attention",

@@ -12,7 +12,9 @@ from blockdiff import evaluate, loading, training
 from blockdiff.attention import Implementation
 from blockdiff.building import encoder_of
 from blockdiff.config import RunConfig, load_config, make_config
-from blockdiff.data import BadRows, Document, read_corpus
+from blockdiff.coverage import Coverage
+from blockdiff.data import Document, read_corpus
+from blockdiff.datafiles import BadRows
 from blockdiff.decode import POLICIES, Policy, Sampling
 from blockdiff.engine import Output, Request, generate
 from blockdiff.engine.runner import OnStep, OnText
@@ -59,6 +61,23 @@ class Model(BlockDiffusionModel):
             ],
             on_text=on_text,
             on_step=on_step,
+        )
+
+    def coverage(
+        self,
+        prompt_tokens: int | Sequence[int] = 16,
+        *,
+        max_new_tokens: int = 128,
+        block_size: int | None = None,
+        policy: Policy | str = "threshold",
+    ) -> Coverage:
+        """Whether training covers decoding with these options after prompts of so many tokens; nothing is decoded."""
+        return evaluate.decode_coverage(
+            self,
+            [prompt_tokens] if isinstance(prompt_tokens, int) else prompt_tokens,
+            block_size=self.spec.default_block_size if block_size is None else block_size,
+            max_new_tokens=max_new_tokens,
+            policy=named_policy(policy) if isinstance(policy, str) else policy,
         )
 
     def encode(self, text: str) -> list[int]:

@@ -11,7 +11,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blockdiff import data, loading
 from blockdiff.config import ConfigError, ModelConfig, RunConfig
+from blockdiff.coverage import SpanShare, histogram
 from blockdiff.data import Corpus, Encoder, PackedRows
+from blockdiff.datafiles import read_rows, texts_of
 from blockdiff.model import BlockDiffusionModel, Spec
 from blockdiff.tokenizer import train_tokenizer
 
@@ -38,6 +40,8 @@ def build_model(config: RunConfig) -> BlockDiffusionModel:
         noise=config.noise,
         trained_length=config.data.length,
         ar_trained=causal and (config.objective.ar_weight > 0 or config.layout.kind == "ar"),
+        documents=(),
+        trained_tokens=0,
     )
     return bridge
 
@@ -77,6 +81,11 @@ def packed(corpus: Corpus, length: int) -> PackedRows:
     kept = {piece.name.partition("+")[0] for piece in pieces}
     corpus.left_out = sum(document.name not in kept for document in corpus.documents) if corpus.cut else 0
     return PackedRows(data.pack(pieces, length))
+
+
+def trained_documents(rows: PackedRows) -> tuple[SpanShare, ...]:
+    """The lengths of what is trained, for the checkpoint: each span of scored tokens with what is given before it."""
+    return histogram(span for row in rows.rows for document in row for span in document.spans())
 
 
 def validation_corpus(config: RunConfig, encoder: Encoder) -> Corpus | None:
@@ -154,7 +163,7 @@ def _new_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 
     def texts() -> Iterator[str]:
         for path in paths:
-            for _, row in data.read_rows(Path(path), config.data.bad_rows):
-                yield from data.texts_of(row)
+            for _, row in read_rows(Path(path), config.data.bad_rows):
+                yield from texts_of(row)
 
     return train_tokenizer(texts(), config.model.vocabulary)

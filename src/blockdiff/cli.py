@@ -31,7 +31,8 @@ from blockdiff.cli_options import (
 
 if TYPE_CHECKING:
     from blockdiff.api import Model
-    from blockdiff.data import BadRows
+    from blockdiff.datafiles import BadRows
+    from blockdiff.decode import Policy
     from blockdiff.evaluate import BoundRow
 
 app = typer.Typer(
@@ -111,6 +112,9 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw from the smallest set with this probability; 1: all.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End the text before this string; repeatable.")] = None,
     show_steps: Annotated[bool, typer.Option("--show-steps", help="Show each block as it fills.")] = False,
+    strict_coverage: Annotated[
+        bool, typer.Option("--strict-coverage", help="Refuse what training does not cover, instead of warning.")
+    ] = False,
     seed: Seed = 0,
     json_file: JsonFile = None,
 ) -> None:
@@ -121,6 +125,7 @@ def generate(
     chosen = chosen_policy(policy, threshold, per_step, left_bias)
     sampling = Sampling(temperature, top_k, top_p)
     model = load_model(path)
+    _check_coverage(model, prompt, max_new_tokens, block_size, chosen, strict_coverage)
     single = len(prompt) == 1
     show = _StepPrinter(model) if show_steps else None
     stream = _Stream(prompt[0]) if single and not show_steps else None
@@ -195,6 +200,54 @@ def eval_bound(
     write_result(json_file, record("eval bound", seed, model=path, data=[str(file) for file in data], rows=results))
 
 
+@evaluations.command("coverage")
+def eval_coverage(
+    path: ModelPath,
+    block_size: BlockSize = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 128,
+    policy: PolicyName = "threshold",
+    threshold: Threshold = None,
+    per_step: PerStep = None,
+    data: Annotated[list[Path] | None, typer.Option(help="Ask for an evaluation on this file instead.")] = None,
+    block_sizes: Annotated[str, typer.Option(help="With --data: comma-separated block sizes.")] = "1,2,4,8,16",
+    offsets: Annotated[str, typer.Option(help="With --data: comma-separated offsets.")] = "0",
+    figure: Annotated[Path | None, typer.Option(help="Also draw the map as PNG to this file.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Whether training covers what a decoder, or an evaluation, would ask of the model. Exit code 1: not all of it."""
+    from blockdiff import evaluate, report
+    from blockdiff.api import documents_of
+    from blockdiff.runtime import record
+
+    chosen = chosen_policy(policy, threshold, per_step)
+    sizes, shifts = whole_numbers(block_sizes, "--block-sizes"), whole_numbers(offsets, "--offsets")
+    if data and block_size is not None:
+        raise ValueError("--block-size asks about a decoder and --data about an evaluation: give one of them")
+    model = load_model(path)
+    if data:
+        documents = [document for file in data for document in documents_of(model, file)]
+        found = evaluate.evaluation_coverage(model, documents, sizes, shifts)
+        request: dict[str, Any] = {"data": [str(file) for file in data], "block_sizes": sizes, "offsets": shifts}
+    else:
+        size = model.spec.default_block_size if block_size is None else block_size
+        found = model.coverage(prompt_tokens, max_new_tokens=max_new_tokens, block_size=size, policy=chosen)
+        request = {
+            "prompt_tokens": prompt_tokens,
+            "max_new_tokens": max_new_tokens,
+            "block_size": size,
+            "policy": vars(chosen),
+        }
+    result = record("eval coverage", 0, model=path, request=request, **found.to_json())
+    out.print(report.coverage_summary(result), highlight=False)
+    if figure is not None:
+        report.coverage_figure(result, figure)
+        out.print(f"figure: {figure}")
+    write_result(json_file, result)
+    if not found.covered:
+        raise typer.Exit(1)
+
+
 @app.command("report")
 def make_report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
     """Write RUN/report.html from the files of a run."""
@@ -259,6 +312,29 @@ class _Stream:
         sys.stdout.write(self.prompt + piece)
         sys.stdout.flush()
         self.prompt = ""
+
+
+def _check_coverage(
+    model: Model, prompts: list[str], max_new_tokens: int, block_size: int | None, policy: Policy, strict: bool
+) -> None:
+    """Warn about a decode that training does not cover, or refuse it."""
+    if not model.spec.is_diffusion:  # block size 1 is all it has, and generate refuses the rest
+        return
+    if not model.spec.trained_length and not strict:  # with nothing known there is nothing to compare
+        return
+    found = model.coverage(
+        [len(model.encode(prompt)) for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        block_size=block_size,
+        policy=policy,
+    )
+    if found.covered:
+        return
+    worst = found.worst
+    problem = f"not covered by training ({worst.kind}, {worst.share:.0%} of the calls): {worst.sentence}"
+    if strict:
+        raise ValueError(f"{problem}; see `blockdiff eval coverage`, or leave --strict-coverage out")
+    err.print(f"warning: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 class _StepPrinter:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from blockdiff.attention import Implementation
 from blockdiff.curriculum import Growth
-from blockdiff.data import BadRows
+from blockdiff.datafiles import BadRows
 from blockdiff.distributions import AR, DISTRIBUTIONS, AnyLayout, Fixed
 from blockdiff.masks import CleanContext
 from blockdiff.noise import NOISES, AnyNoise, ExactCount
@@ -75,11 +75,9 @@ class DataConfig(_Group):
 class ObjectiveConfig(_Group):
     """What is minimised."""
 
-    weighting: Literal["nelbo", "ce"] | Annotated[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]], Len(1)] = (
-        Field(
-            "nelbo",
-            description="nelbo: the bound; ce: plain cross-entropy; a list: weight of k = 1, 2, ... masks in a block",
-        )
+    weighting: Literal["nelbo", "ce"] | Annotated[list[_Weight], Field(min_length=1)] = Field(
+        "nelbo",
+        description="nelbo: the bound; ce: plain cross-entropy; a list: weight of k = 1, 2, ... masks in a block",
     )
     ar_weight: float = Field(0.0, ge=0, allow_inf_nan=False, description="weight of the AR loss on the clean stream")
     ar_weight_end: float | None = Field(None, ge=0, description="AR weight at the last step, reached linearly")

@@ -16,15 +16,8 @@ import torch
 from torch import Tensor
 
 from blockdiff.distributions import FORBID_EXTRA, LayoutDistribution
-from blockdiff.noise import (
-    Clipped,
-    Corruption,
-    LearnedCount,
-    Noise,
-    SearchedClip,
-    clipped,
-    proposed_count,
-)
+from blockdiff.masking import Corruption, clipped, proposed_count
+from blockdiff.noise import Clipped, LearnedCount, Noise, SearchedClip
 
 
 @dataclass(frozen=True)
@@ -227,6 +220,9 @@ class _Proposed(Noise):
     def corrupt(self, block: Tensor, u_block: Tensor, u_token: Tensor) -> Corruption:
         return proposed_count(block, self.kappa.to(u_block), u_block, u_token)
 
+    def count_probability(self, n: int) -> Tensor:
+        return self.kappa[n, : n + 1] if n < len(self.kappa) else self.settings.count_probability(n)
+
 
 class _ClippedBySize(Noise):
     """Clipped mask rates with an interval for each block size."""
@@ -246,3 +242,7 @@ class _ClippedBySize(Noise):
         for n, (least, most) in self.best.items():
             low, high = torch.where(size == n, least, low), torch.where(size == n, most, high)
         return clipped(block, low, high, u_block, u_token, redraw=self.settings.redraw)
+
+    def count_probability(self, n: int) -> Tensor:
+        low, high = self.best.get(n, (1e-3, 1.0))
+        return Clipped(low, high, redraw=self.settings.redraw).count_probability(n)

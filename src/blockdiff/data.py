@@ -11,15 +11,12 @@ Files: .txt (one document), .jsonl, .parquet, each also with .gz where it is tex
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,12 +26,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-BadRows = Literal["error", "skip"]
+from blockdiff.datafiles import BadRows, DataError, read_rows, reject
+
 _CHUNK = 512
-
-
-class DataError(ValueError):
-    """Input that cannot be used, named by file and line, with what to do."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +46,11 @@ class Document:
     def scored(self) -> int:
         """Tokens that a loss or a bound counts."""
         return int((~self.prompt).sum())
+
+    def spans(self) -> list[tuple[int, int]]:
+        """(tokens before it in the document, its length) of every run of scored tokens."""
+        edges = np.flatnonzero(np.diff(self.prompt, prepend=True, append=True))
+        return [(begin, end - begin) for begin, end in edges.reshape(-1, 2).tolist()]
 
 
 @dataclass
@@ -177,35 +176,6 @@ def read_corpus(paths: str | Path | Sequence[str | Path], encoder: Encoder, bad_
     return corpus
 
 
-def read_rows(
-    path: Path, on_bad: BadRows = "error", bad: list[str] | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, row) of every row of a file; the name says file and line."""
-    if not path.exists():
-        raise DataError(f"{path}: no such file")
-    suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
-    if path.is_dir():
-        yield from _rows_on_disk(path)
-    elif suffix in (".txt", ".txt.gz"):
-        yield from _text_file(path)
-    elif suffix in (".jsonl", ".jsonl.gz"):
-        yield from _json_lines(path, on_bad, bad if bad is not None else [])
-    elif suffix == ".parquet":
-        yield from _parquet_file(path)
-    else:
-        raise DataError(
-            f"{path}: unknown kind of file; give .txt, .jsonl (each also .gz), .parquet, or a directory written by "
-            "datasets' save_to_disk"
-        )
-
-
-def texts_of(row: dict[str, Any]) -> list[str]:
-    """Every text in a row of any kind (for training a tokenizer)."""
-    turns = row["messages"] if isinstance(row.get("messages"), list) else [row]
-    found = [turn.get(key) for turn in turns for key in ("text", "prompt", "completion", "content")]
-    return [text for text in found if isinstance(text, str)]
-
-
 def cut(documents: Iterable[Document], length: int) -> tuple[list[Document], int]:
     """Documents of at most `length` tokens, and how many had to be changed.
 
@@ -284,6 +254,11 @@ class PackedRows(Dataset[list[Document]]):
         """Tokens in all rows, padding not counted."""
         return sum(len(document) for row in self.rows for document in row)
 
+    @property
+    def scored(self) -> int:
+        """Scored tokens in all rows."""
+        return sum(document.scored for row in self.rows for document in row)
+
 
 def collate(rows: Sequence[Sequence[Document]]) -> dict[str, Tensor]:
     """A batch of packed rows, padded at the end to the longest.
@@ -309,85 +284,6 @@ def collate(rows: Sequence[Sequence[Document]]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def _is_unicode(row: Any) -> bool:
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _lines(path: Path, file: Any) -> Iterator[bytes]:
-    """Lines of an open file; a compressed file that is cut or broken is named."""
-    try:
-        yield from file
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: not a whole gzip file ({error}); copy it again") from error
-
-
-def _open(path: Path) -> Any:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-
-
-def _text_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with _open(path) as file:
-        try:
-            text = b"".join(_lines(path, file)).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    if text.strip():
-        yield str(path), {"text": text}
-
-
-def _json_lines(path: Path, on_bad: BadRows, bad: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    with _open(path) as file:
-        # lines of bytes: only a newline ends a row, never a U+2028 in its text
-        for number, line in enumerate(_lines(path, file), 1):
-            if not line.strip():
-                continue
-            name = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                _reject(f"{name}: not JSON ({error.msg} at column {error.colno})", on_bad, bad)
-                continue
-            except UnicodeDecodeError as error:
-                _reject(f"{name}: not UTF-8 (byte {error.start} of the line)", on_bad, bad)
-                continue
-            except RecursionError:
-                _reject(f"{name}: nested too deeply to be a row of text", on_bad, bad)
-                continue
-            if b"\\ud" in line.lower() and not _is_unicode(row):
-                _reject(f"{name}: holds half of a surrogate pair, which is no text", on_bad, bad)
-            elif isinstance(row, dict):
-                yield name, row
-            else:
-                _reject(f"{name}: a row must be an object, this is {type(row).__name__}", on_bad, bad)
-
-
-def _parquet_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow as pa
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        rows = (row for batch in ParquetFile(path).iter_batches() for row in batch.to_pylist())
-        yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, 1))
-    except pa.ArrowException as error:
-        raise DataError(f"{path}: not a whole parquet file ({str(error).splitlines()[0]})") from error
-
-
-def _rows_on_disk(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import datasets
-
-    try:
-        data = datasets.load_from_disk(str(path))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: not a directory written by datasets' save_to_disk") from error
-    if isinstance(data, datasets.DatasetDict):
-        raise DataError(f"{path}: holds the splits {', '.join(data)}; give the directory of one of them")
-    yield from ((f"{path}:{number}", row) for number, row in enumerate(data, 1))
-
-
 def _encode(
     rows: Sequence[tuple[str, dict[str, Any]]], encoder: Encoder, on_bad: BadRows, bad: list[str]
 ) -> list[Document]:
@@ -408,7 +304,7 @@ def _encode(
                     "'prompt' and 'completion', or 'messages' with role and content"
                 )
         except DataError as error:
-            _reject(str(error), on_bad, bad)
+            reject(str(error), on_bad, bad)
     return documents
 
 
@@ -420,11 +316,3 @@ def _is_message(message: Any) -> bool:
     return (
         isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
     )
-
-
-def _reject(problem: str, on_bad: BadRows, bad: list[str]) -> None:
-    if on_bad == "error":
-        raise DataError(
-            f"{problem}; mend the row, or leave such rows out (data.bad_rows: skip in a config, --skip-bad-rows here)"
-        )
-    bad.append(problem)

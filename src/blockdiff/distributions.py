@@ -20,6 +20,21 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor
 
+from blockdiff.partitions import (
+    cut_counts,
+    cut_table,
+    gauss_legendre,
+    geometric_draw,
+    geometric_lengths,
+    grid_counts,
+    grids,
+    independent_draw,
+    independent_lengths,
+    random_offset_table,
+    random_offsets,
+    tabulate,
+)
+
 FORBID_EXTRA = {"extra": "forbid"}  # read by pydantic, which is not imported here
 
 
@@ -73,14 +88,14 @@ class Fixed(LayoutDistribution):
         return self.size
 
     def draw(self, lengths: Tensor, generator: Generator) -> Tensor:
-        return _grids(torch.full_like(lengths, self.size), torch.full_like(lengths, self.offset), int(lengths.max()))
+        return grids(torch.full_like(lengths, self.size), torch.full_like(lengths, self.offset), int(lengths.max()))
 
     def configurations(self, length: int) -> Tensor:
-        starts = _grids(torch.tensor([self.size]), torch.tensor([self.offset]), length)
-        return _tabulate(starts, torch.ones(1, dtype=torch.float64))
+        starts = grids(torch.tensor([self.size]), torch.tensor([self.offset]), length)
+        return tabulate(starts, torch.ones(1, dtype=torch.float64))
 
     def block_counts(self, length: int) -> Tensor:
-        return _grid_counts(self.size, self.offset % self.size, length)
+        return grid_counts(self.size, self.offset % self.size, length)
 
 
 @dataclass(frozen=True)
@@ -99,15 +114,15 @@ class RandomOffset(LayoutDistribution):
 
     def draw(self, lengths: Tensor, generator: Generator) -> Tensor:
         sizes = torch.full_like(lengths, self.size)
-        return _grids(sizes, _random_offsets(sizes, generator), int(lengths.max()))
+        return grids(sizes, random_offsets(sizes, generator), int(lengths.max()))
 
     def configurations(self, length: int) -> Tensor:
-        return _random_offset_table(self.size, length)
+        return random_offset_table(self.size, length)
 
     def block_counts(self, length: int) -> Tensor:
         counts = torch.zeros(length + 1, dtype=torch.float64)
         for offset in range(self.size):
-            counts += _grid_counts(self.size, offset, length) / self.size
+            counts += grid_counts(self.size, offset, length) / self.size
         return counts
 
 
@@ -127,17 +142,17 @@ class Mixture(LayoutDistribution):
 
     def draw(self, lengths: Tensor, generator: Generator) -> Tensor:
         sizes = _choose(self.shares, len(lengths), generator).to(lengths)
-        return _grids(sizes, torch.zeros_like(sizes), int(lengths.max()))
+        return grids(sizes, torch.zeros_like(sizes), int(lengths.max()))
 
     def configurations(self, length: int) -> Tensor:
         sizes = torch.tensor(list(self.shares))
         weight = torch.tensor(list(self.shares.values()), dtype=torch.float64)
-        return _tabulate(_grids(sizes, torch.zeros_like(sizes), length), weight)
+        return tabulate(grids(sizes, torch.zeros_like(sizes), length), weight)
 
     def block_counts(self, length: int) -> Tensor:
         counts = torch.zeros(length + 1, dtype=torch.float64)
         for size, share in self.shares.items():
-            counts += share * _grid_counts(size, 0, length)
+            counts += share * grid_counts(size, 0, length)
         return counts
 
 
@@ -164,13 +179,13 @@ class _IndependentLengths(LayoutDistribution):
         return self.token_weights / torch.arange(1, self.max_size + 1, dtype=torch.float64)
 
     def draw(self, lengths: Tensor, generator: Generator) -> Tensor:
-        return _renewal_draw(self._length_weights, lengths, generator)
+        return independent_draw(self._length_weights, lengths, generator)
 
     def configurations(self, length: int) -> Tensor:
-        return _cut_table(*_renewal(self._length_weights, length))
+        return cut_table(*independent_lengths(self._length_weights, length))
 
     def block_counts(self, length: int) -> Tensor:
-        return _cut_counts(*_renewal(self._length_weights, length))
+        return cut_counts(*independent_lengths(self._length_weights, length))
 
 
 @dataclass(frozen=True)
@@ -208,13 +223,13 @@ class Geometric(LayoutDistribution):
 
     def draw(self, lengths: Tensor, generator: Generator) -> Tensor:
         rate = torch.full((len(lengths), 1), 1 / self.mean, dtype=torch.float64)
-        return _geometric_draw(rate, int(lengths.max()), generator).to(lengths.device)
+        return geometric_draw(rate, int(lengths.max()), generator).to(lengths.device)
 
     def configurations(self, length: int) -> Tensor:
-        return _cut_table(*_geometric(1 / self.mean, length))
+        return cut_table(*geometric_lengths(1 / self.mean, length))
 
     def block_counts(self, length: int) -> Tensor:
-        return _cut_counts(*_geometric(1 / self.mean, length))
+        return cut_counts(*geometric_lengths(1 / self.mean, length))
 
 
 @dataclass(frozen=True)
@@ -251,30 +266,30 @@ class ScaleMixture(LayoutDistribution):
         width = int(lengths.max())
         size = _choose(self._with_scales(), len(lengths), generator).to(lengths)
         octave = torch.rand(len(lengths), 1, dtype=torch.float64, generator=generator)
-        scales = _geometric_draw(self.max_size**-octave, width, generator).to(lengths.device)
+        scales = geometric_draw(self.max_size**-octave, width, generator).to(lengths.device)
         grid_size = size.clamp(min=1)
-        grids = _grids(grid_size, _random_offsets(grid_size, generator), width)
-        return torch.where((size == 0)[:, None], scales, grids)
+        atoms = grids(grid_size, random_offsets(grid_size, generator), width)
+        return torch.where((size == 0)[:, None], scales, atoms)
 
     def configurations(self, length: int) -> Tensor:
         table = torch.zeros(length, length + 1, dtype=torch.float64)
         for rate, share in self._rates():
-            table += share * _cut_table(*_geometric(rate, length))
+            table += share * cut_table(*geometric_lengths(rate, length))
         for size, share in self.atoms.items():
-            table += share * _random_offset_table(size, length)
+            table += share * random_offset_table(size, length)
         return table
 
     def block_counts(self, length: int) -> Tensor:
         counts = torch.zeros(length + 1, dtype=torch.float64)
         for rate, share in self._rates():
-            counts += share * _cut_counts(*_geometric(rate, length))
+            counts += share * cut_counts(*geometric_lengths(rate, length))
         for size, share in self.atoms.items():
             counts += share * RandomOffset(size).block_counts(length)
         return counts
 
     def _rates(self) -> list[tuple[float, float]]:
         """The continuum of scales as geometric rates with their shares (quadrature)."""
-        nodes, weights = _gauss_legendre(64)
+        nodes, weights = gauss_legendre(64)
         rates, shares = self.max_size**-nodes, weights * self._with_scales()[0]
         return list(zip(rates.tolist(), shares.tolist(), strict=True))
 
@@ -353,105 +368,3 @@ def _choose(shares: dict[int, float], count: int, generator: Generator) -> Tenso
     probabilities = torch.tensor(list(shares.values()), dtype=torch.float64)
     picks = torch.multinomial(probabilities, count, replacement=True, generator=generator)
     return torch.tensor(list(shares))[picks]
-
-
-def _random_offsets(sizes: Tensor, generator: Generator) -> Tensor:
-    return (torch.rand(len(sizes), dtype=torch.float64, generator=generator).to(sizes.device) * sizes).long()
-
-
-def _grids(sizes: Tensor, offsets: Tensor, width: int) -> Tensor:
-    index = torch.arange(width, device=sizes.device)
-    starts = (index[None] - offsets[:, None]) % sizes[:, None] == 0
-    starts[:, 0] = True
-    return starts
-
-
-def _geometric_draw(rate: Tensor, width: int, generator: Generator) -> Tensor:
-    starts = torch.rand(len(rate), width, dtype=torch.float64, generator=generator) < rate
-    starts[:, 0] = True
-    return starts
-
-
-def _renewal_draw(weights: Tensor, lengths: Tensor, generator: Generator) -> Tensor:
-    width = int(lengths.max())
-    picks = torch.multinomial(weights, len(lengths) * width, replacement=True, generator=generator) + 1
-    places = picks.view(len(lengths), width).cumsum(1).clamp(max=width).to(lengths.device)
-    starts = torch.zeros(len(lengths), width + 1, dtype=torch.bool, device=lengths.device)
-    starts.scatter_(1, places, True)
-    starts[:, 0] = True
-    return starts[:, :width]
-
-
-def _tabulate(starts: Tensor, weight: Tensor) -> Tensor:
-    """Configuration table of given partitions: starts [K, length], each with its weight [K]."""
-    length = starts.shape[1]
-    row, place = starts.nonzero(as_tuple=True)
-    end = torch.cat([place[1:], place.new_tensor([length])])
-    end[torch.cat([row[1:] != row[:-1], torch.tensor([True])])] = length
-    table = torch.zeros(length, length + 1, dtype=torch.float64)
-    return table.index_put((place, end - place), weight[row], accumulate=True)
-
-
-def _random_offset_table(size: int, length: int) -> Tensor:
-    offsets = torch.arange(size)
-    starts = _grids(torch.full((size,), size), offsets, length)
-    return _tabulate(starts, torch.full((size,), 1 / size, dtype=torch.float64))
-
-
-def _renewal(weights: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Independent lengths: P(a block begins at p) [L], P(its length is w) and P(it is >= w) [L + 1]."""
-    probability = torch.zeros(max(length, len(weights)) + 1, dtype=torch.float64)
-    probability[1 : len(weights) + 1] = weights / weights.sum()
-    at_least = probability.flip(0).cumsum(0).flip(0)
-    begins = torch.zeros(length, dtype=torch.float64)
-    begins[0] = 1
-    for p in range(1, length):
-        begins[p] = (begins[:p] * probability[1 : p + 1].flip(0)).sum()
-    return begins, probability[: length + 1], at_least[: length + 1]
-
-
-def _geometric(rate: float, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for geometric lengths."""
-    at_least = (1 - rate) ** (torch.arange(length + 1, dtype=torch.float64) - 1).clamp(min=0)
-    begins = torch.full((length,), rate, dtype=torch.float64)
-    begins[0] = 1
-    return begins, rate * at_least, at_least
-
-
-def _cut_counts(begins: Tensor, probability: Tensor, at_least: Tensor) -> Tensor:
-    """`_cut_table` summed over p, without the table: float64 [L + 1]."""
-    length = len(begins)
-    before = torch.nn.functional.pad(begins.cumsum(0), (1, 0))  # expected blocks that begin before p
-    size = torch.arange(1, length + 1)
-    counts = torch.zeros(length + 1, dtype=torch.float64)
-    counts[1:] = probability[1:] * before[length - size] + at_least[1:] * begins[length - size]
-    return counts
-
-
-def _grid_counts(size: int, offset: int, length: int) -> Tensor:
-    """Blocks of each size in a grid whose first block ends at `offset` (0: after `size`)."""
-    counts = torch.zeros(length + 1, dtype=torch.float64)
-    offset = min(offset, length)
-    counts[offset] += 1
-    whole, rest = divmod(length - offset, size)
-    counts[min(size, length)] += whole
-    counts[rest] += 1
-    counts[0] = 0
-    return counts
-
-
-def _cut_table(begins: Tensor, probability: Tensor, at_least: Tensor) -> Tensor:
-    """begins [L], P(length = w) and P(length >= w) [L + 1] -> [L, L + 1], blocks cut at the span's end."""
-    length = len(begins)
-    room = length - torch.arange(length)[:, None]
-    size = torch.arange(length + 1)[None]
-    inside = torch.where(size < room, probability, torch.where(size == room, at_least, 0.0))
-    return begins[:, None] * torch.where(size == 0, 0.0, inside)
-
-
-def _gauss_legendre(count: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of the quadrature on [0, 1] (Golub & Welsch: eigenvalues of the Jacobi matrix)."""
-    k = torch.arange(1, count, dtype=torch.float64)
-    beta = k / torch.sqrt(4 * k**2 - 1)
-    nodes, vectors = torch.linalg.eigh(torch.diag(beta, 1) + torch.diag(beta, -1))
-    return (nodes + 1) / 2, vectors[0] ** 2

@@ -21,6 +21,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blockdiff import distributions, noise
 from blockdiff.attention import NAMES, Implementation, UnsupportedModel
+from blockdiff.coverage import SpanShare
 from blockdiff.files import replace_directory
 from blockdiff.layout import TokenMap
 from blockdiff.masks import CLEAN_CONTEXTS, CleanContext, Visibility
@@ -36,6 +37,8 @@ class Spec:
 
     mask_id is None for a plain AR checkpoint, which can be read at block size 1 only. trained_length is in tokens;
     ar_trained says whether the clean stream was trained as an AR model (its next-token loss was part of training).
+    documents: what share of the training spans had how many scored tokens after how many given ones (empty: unknown);
+    trained_tokens: scored tokens that training went through, repetitions counted (0: unknown).
     """
 
     mask_id: int | None = None
@@ -45,6 +48,8 @@ class Spec:
     noise: noise.Noise = field(default_factory=noise.ExactCount)
     trained_length: int = 0
     ar_trained: bool = True
+    documents: tuple[SpanShare, ...] = ()
+    trained_tokens: int = 0
 
     @property
     def is_diffusion(self) -> bool:
@@ -76,6 +81,8 @@ class Spec:
             "noise": noise.to_dict(self.noise),
             "trained_length": self.trained_length,
             "ar_trained": self.ar_trained,
+            "documents": [[given, scored, float(f"{share:.6g}")] for given, scored, share in self.documents],
+            "trained_tokens": self.trained_tokens,
         }
 
     @staticmethod
@@ -100,6 +107,8 @@ class Spec:
                 noise=noise.from_dict(data["noise"]),
                 trained_length=data["trained_length"],
                 ar_trained=data["ar_trained"],
+                documents=tuple(SpanShare(*span) for span in data.get("documents", [])),
+                trained_tokens=data.get("trained_tokens", 0),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UnsupportedModel(f"{path}: not a blockdiff description of a checkpoint ({error})") from error

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blockdiff.layout import TokenMap
-from blockdiff.noise import Corruption
+from blockdiff.masking import Corruption
 
 Prediction = Literal["same", "shift"]
 Boundary = Literal["clean", "seed", "noisy"]

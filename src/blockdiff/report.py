@@ -9,12 +9,14 @@ from __future__ import annotations
 import base64
 import html
 import json
-from math import isfinite
+from math import isfinite, log2
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 Rows = list[dict[str, Any]]
 
@@ -80,6 +82,117 @@ def bound_table(rows: Rows) -> Table:
     for line in zip(*shown.values(), strict=True):
         table.add_row(*line)
     return table
+
+
+def coverage_summary(result: dict[str, Any]) -> Group:
+    """What training covers of the calls that a decoder or an evaluation asks for, for the terminal."""
+    calls, uncovered = f"{result['calls']:,.0f} calls", result["uncovered"]
+    parts: list[Any] = [
+        f"covered: training has met the configuration of all {calls}"
+        if result["covered"]
+        else f"NOT covered: {_percent(uncovered)} of {calls} are in configurations that training never met"
+    ]
+    if result["violations"]:
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for name in ("never trained", "calls", "share"):
+            table.add_column(name, justify="left" if name == "never trained" else "right", no_wrap=True)
+        table.add_column("for example")
+        for row in result["violations"]:
+            table.add_row(row["kind"], f"{row['calls']:,.0f}", _percent(row["share"]), Text(row["sentence"]))
+        parts.append(table)
+    else:
+        parts.append("")
+    parts += [Text(coverage_map(result["rows"]), no_wrap=True), ""]
+    if result["max_ratio"] is not None:
+        ratios = [_times(result[name]) for name in ("max_ratio", "ratio_p99", "ratio_p95")]
+        where = "asked / trained" if result["covered"] else "asked / trained where covered"
+        parts.append("{}: max {}, p99 {}, p95 {}".format(where, *ratios))
+    if result["rare"]:
+        parts.append(
+            f"rare: {_percent(result['rare'])} of the calls are in configurations met less than once on average"
+        )
+    return Group(*(Text(part) if isinstance(part, str) else part for part in parts))
+
+
+def coverage_map(rows: Rows) -> str:
+    """Calls asked for over calls trained, as text: octaves of the block size by octaves of the tokens before it."""
+    before, size, cells = _octaves(rows)
+    names = [_range(octave) for octave in before]
+    widths = [max(len(name), 5) + 2 for name in names]
+    margin = max(len(_range(octave)) for octave in size)
+    lines = [
+        "log2 (asked / trained) by tokens in the block and before it",
+        f"{'':{margin}}" + "".join(f"{name:>{w}}" for name, w in zip(names, widths, strict=True)),
+    ]
+    for octave, line in zip(size, cells, strict=True):
+        marks = "".join(f"{_mark(cell):>{w}}" for cell, w in zip(line, widths, strict=True))
+        lines.append(f"{_range(octave):>{margin}}{marks}")
+    lines.append("x: never trained, in part where a number stands before it; ·: not asked")
+    return "\n".join(lines)
+
+
+def coverage_figure(result: dict[str, Any], file: Path) -> None:
+    """The same as a picture (PNG)."""
+    before, size, cells = _octaves(result["rows"])
+    figure, axes = _figure()
+    axes.grid(visible=False)
+    values = [[_log_ratio(cell) for cell in line] for line in cells]
+    most = max([abs(value) for line in values for value in line if value is not None], default=1.0)
+    shown = [[float("nan") if value is None else value for value in line] for line in values]
+    image = axes.imshow(shown, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto", origin="lower")
+    for y, line in enumerate(cells):
+        for x, cell in enumerate(line):
+            if cell is not None and cell["uncovered"]:
+                axes.add_patch(_hatched(x, y))
+            paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
+            axes.text(x, y, _mark(cell), ha="center", va="center", bbox=paper)
+    axes.set_xticks(range(len(before)), [_range(octave) for octave in before])
+    axes.set_yticks(range(len(size)), [_range(octave) for octave in size])
+    axes.set(xlabel="tokens before the block", ylabel="tokens in the block")
+    axes.set_title("x, hatched: never trained, all of it or a part", loc="right", fontsize="medium")
+    figure.colorbar(image, label="log2 (asked / trained)")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, format="png", dpi=120)
+
+
+def _octaves(rows: Rows) -> tuple[Rows, Rows, list[list[Any]]]:
+    """The octaves of p and w that occur, and for each w a row of cells (None where nothing is asked)."""
+    before, size = (sorted({tuple(row[name]) for row in rows}) for name in ("before", "size"))
+    found = {(tuple(row["before"]), tuple(row["size"])): row for row in rows}
+    return before, size, [[found.get((p, w)) for p in before] for w in size]  # type: ignore[return-value]
+
+
+def _log_ratio(cell: dict[str, Any] | None) -> float | None:
+    """None where nothing is asked, and where nothing that is asked was trained."""
+    if cell is None or cell["uncovered"] > 0.999999 * cell["asked"]:
+        return None
+    return log2(cell["asked"] / cell["trained"])
+
+
+def _mark(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return "·"
+    ratio = _log_ratio(cell)
+    return ("" if ratio is None else f"{round(ratio, 1) + 0.0:+.1f}") + ("x" if cell["uncovered"] else "")
+
+
+def _hatched(x: int, y: int) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x - 0.5, y - 0.5), 1, 1, hatch="//", facecolor="none", edgecolor="#7a7f85", linewidth=0)
+
+
+def _range(octave: Any) -> str:
+    low, high = octave
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share >= 0.0005 else "< 0.1%"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f} ×" if ratio >= 100 else f"{ratio:.3g} ×"
 
 
 def _text(path: Path) -> str:

@@ -28,8 +28,9 @@ from blockdiff.data import PackedRows, collate
 from blockdiff.distributions import LayoutDistribution
 from blockdiff.files import sync_tree
 from blockdiff.layout import Spans, TokenMap
+from blockdiff.masking import Corruption, complement
 from blockdiff.model import BlockDiffusionModel
-from blockdiff.noise import Corruption, Noise, complement
+from blockdiff.noise import Noise
 from blockdiff.objectives import (
     Alignment,
     Terms,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import ClassVar
@@ -22,7 +22,14 @@ from torch import Generator
 from transformers import TrainerCallback, TrainingArguments
 
 from blockdiff import data
-from blockdiff.building import build_model, encoder_of, packed, training_rows, validation_corpus
+from blockdiff.building import (
+    build_model,
+    encoder_of,
+    packed,
+    trained_documents,
+    training_rows,
+    validation_corpus,
+)
 from blockdiff.config import ConfigError, RunConfig
 from blockdiff.data import Corpus, PackedRows
 from blockdiff.evaluate import BoundRow, bound, check_bound
@@ -110,6 +117,7 @@ def train(
     say(f"data: {corpus.summary()} -> {len(rows)} rows of {config.data.length}")
     for note in bridge.notes:
         say(f"model: {note}")
+    bridge.spec = replace(bridge.spec, documents=trained_documents(rows))
     valid = validation_corpus(config, encoder)
     _check_sizes(config, bridge, valid)
     # everything that can be wrong with the input was read by now: only then is an earlier run's output replaced
@@ -149,6 +157,8 @@ def train(
     seconds = time.perf_counter() - began
     if not trainer.is_world_process_zero():
         return run
+    scored = steps * _rows_a_step(config, processes.num_processes) * rows.scored / len(rows)
+    bridge.spec = replace(bridge.spec, trained_tokens=int(scored))
     try:
         bridge.save(run.checkpoint)
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -1,6 +1,7 @@
-"""Measures of a model, with standard errors."""
+"""Measures of a model: bounds with standard errors, and whether its training covers what is asked of it."""
 
 from blockdiff.evaluate.bounds import BoundRow, bound, check_bound, document_nll, unigram
+from blockdiff.evaluate.coverage import decode_coverage, evaluation_coverage, output_coverage, trained_calls
 from blockdiff.evaluate.generation import GenerationRow, Question, answer_questions, read_questions
 
 __all__ = [
@@ -10,7 +11,11 @@ __all__ = [
     "answer_questions",
     "bound",
     "check_bound",
+    "decode_coverage",
     "document_nll",
+    "evaluation_coverage",
+    "output_coverage",
     "read_questions",
+    "trained_calls",
     "unigram",
 ]

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from blockdiff.data import Document, collate
 from blockdiff.layout import Spans, TokenMap
+from blockdiff.masking import Corruption, place_in_block, subset
 from blockdiff.model import BlockDiffusionModel
-from blockdiff.noise import Corruption, ExactCount, place_in_block, subset
+from blockdiff.noise import ExactCount
 from blockdiff.objectives import FIRST, Alignment, block_numbers, maskable, token_losses, two_streams
 from blockdiff.rng import uniform
 
@@ -66,7 +67,7 @@ class BoundRow:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Window:
     """A document, or a window of one: `origin` is the document's position of its first token, `head` the offset of its
     first block."""
 
@@ -104,7 +105,7 @@ def bound(
     was_training = model.training
     model.eval()
     for done, (size, offset) in enumerate(plan):
-        pieces = list(_pieces(model, documents, size, offset))
+        pieces = list(windows(model, documents, size, offset))
 
         def report(part: float, done: int = done) -> None:
             if on_progress is not None:
@@ -126,7 +127,7 @@ def document_nll(model: BlockDiffusionModel, documents: Sequence[Document]) -> l
     check_bound(model, documents, [1])
     was_training = model.training
     model.eval()
-    pieces = list(_pieces(model, documents, 1, 0))
+    pieces = list(windows(model, documents, 1, 0))
     measured = _Measurement(model, 1, 0, 1, False, 0, 0.0).run(pieces, _room(model), lambda done: None)
     model.train(was_training)
     found = torch.zeros(len(documents), dtype=torch.float64)
@@ -174,13 +175,13 @@ class _Measurement:
         noisy = size - int(self.alignment.first_is_clean)
         self.noiseless = noisy <= 1  # a single place is always masked: nothing is random
         self.passes = 1 if self.noiseless else (2**noisy - 1 if exact else draws)
-        self.pieces: list[_Piece] = []
+        self.pieces: list[Window] = []
         self.totals: list[Tensor] = []  # [passes, pieces of the batch]
         self.nll: list[Tensor] = []
         self.counts: list[Tensor] = []
 
     @torch.inference_mode()
-    def run(self, pieces: list[_Piece], batch_tokens: int, report: Callable[[float], None]) -> _Measurement:
+    def run(self, pieces: list[Window], batch_tokens: int, report: Callable[[float], None]) -> _Measurement:
         total = sum(len(piece.document) for piece in pieces)
         seen = 0
         for batch in _batches(pieces, batch_tokens):
@@ -189,7 +190,7 @@ class _Measurement:
             report(seen / total)
         return self
 
-    def _batch(self, pieces: list[_Piece]) -> None:
+    def _batch(self, pieces: list[Window]) -> None:
         data = collate([[piece.document] for piece in pieces])
         device = self.model.device
         ids, doc, prompt = (data[name].to(device) for name in ("input_ids", "doc", "prompt"))
@@ -222,7 +223,7 @@ class _Measurement:
         self.totals.append(sums)
         self.counts.append(torch.tensor([piece.document.scored for piece in pieces], dtype=torch.float64))
 
-    def _keys(self, pieces: list[_Piece], tokens: TokenMap, can: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+    def _keys(self, pieces: list[Window], tokens: TokenMap, can: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
         """(document, position in it) of every maskable token, and of every block's first maskable token."""
         index = torch.tensor([piece.index for piece in pieces], device=tokens.doc.device)
         origin = torch.tensor([piece.origin for piece in pieces], device=tokens.doc.device)
@@ -333,12 +334,12 @@ class _RandomOrder:
         )
 
 
-def _pieces(model: BlockDiffusionModel, documents: Sequence[Document], size: int, offset: int) -> Iterator[_Piece]:
-    """Documents no longer than the trained length; longer ones in windows that advance by about half of it."""
+def windows(model: BlockDiffusionModel, documents: Sequence[Document], size: int, offset: int) -> Iterator[Window]:
+    """What is scored at once: documents up to the trained length; longer ones in windows that advance by about half."""
     length = window_length(model)
     for index, document in enumerate(documents):
         if len(document) <= length:
-            yield _Piece(document, index, 0, offset)
+            yield Window(document, index, 0, offset)
             continue
         given = int(np.argmin(document.prompt))  # where the first scored token stands
         advance = max(length // 2 // size, 1)  # blocks of a window that are scored
@@ -352,7 +353,7 @@ def _pieces(model: BlockDiffusionModel, documents: Sequence[Document], size: int
             prompt = document.prompt[origin:end].copy()
             prompt[: begin - origin] = True
             if not prompt.all():
-                yield _Piece(Document(document.ids[origin:end], prompt, document.name), index, origin, head)
+                yield Window(Document(document.ids[origin:end], prompt, document.name), index, origin, head)
             begin, head = end, 0
 
 
@@ -366,9 +367,9 @@ def _room(model: BlockDiffusionModel) -> int:
     return min(8192, 2**28 // model.vocabulary)
 
 
-def _batches(pieces: list[_Piece], batch_tokens: int) -> Iterator[list[_Piece]]:
+def _batches(pieces: list[Window], batch_tokens: int) -> Iterator[list[Window]]:
     """Pieces of similar length together, at most `batch_tokens` of two-stream input in a batch."""
-    batch: list[_Piece] = []
+    batch: list[Window] = []
     for piece in sorted(pieces, key=lambda piece: len(piece.document)):
         if batch and 2 * len(piece.document) * (len(batch) + 1) > batch_tokens:
             yield batch

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from blockdiff.arithmetic import exact_match, final_number
-from blockdiff.data import DataError, read_rows
+from blockdiff.datafiles import DataError, read_rows
 from blockdiff.engine import Output, Request, generate
 from blockdiff.model import BlockDiffusionModel
 from blockdiff.statistics import wilson

@@ -1,0 +1,96 @@
+"""Coverage of a model: its checkpoint's description against a decode, an evaluation, or what was really generated."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from blockdiff.coverage import (
+    Calls,
+    Coverage,
+    SpanShare,
+    Trained,
+    compare,
+    decode_calls,
+    grid_calls,
+    traced_calls,
+    trained,
+)
+from blockdiff.data import Document
+from blockdiff.decode import Policy
+from blockdiff.engine import Output
+from blockdiff.evaluate.bounds import check_bound, windows
+from blockdiff.model import BlockDiffusionModel
+
+
+def trained_calls(model: BlockDiffusionModel) -> Trained:
+    """What the checkpoint says it was trained on.
+
+    One that does not name its documents is taken to have seen texts of the trained length. Raises ValueError for one
+    that says nothing about its training.
+    """
+    spec = model.spec
+    if not spec.documents and spec.trained_length < 2:
+        raise ValueError("the checkpoint says nothing about its training (trained_length is 0): train it first")
+    spans = spec.documents or (SpanShare(1, spec.trained_length - 1, 1.0),)
+    return trained(
+        spec.layout, spec.noise, spec.alignment, spans, ar_trained=spec.ar_trained, tokens=spec.trained_tokens
+    )
+
+
+def decode_coverage(
+    model: BlockDiffusionModel,
+    prompts: Sequence[int],
+    *,
+    block_size: int,
+    max_new_tokens: int,
+    policy: Policy,
+) -> Coverage:
+    """Decoding after prompts of so many tokens, none of which ends before `max_new_tokens`."""
+    dry = [
+        decode_calls(
+            model.spec.alignment,
+            policy,
+            prompt=prompt,
+            block_size=block_size,
+            new_tokens=max_new_tokens,
+            context=model.context_length,
+        )
+        for prompt in prompts
+    ]
+    return compare(trained_calls(model), Calls.cat(dry))
+
+
+def output_coverage(
+    model: BlockDiffusionModel, prompts: Sequence[int], outputs: Sequence[Output], *, block_size: int
+) -> Coverage:
+    """What was really asked for these outputs of prompts of so many tokens."""
+    traces = [
+        traced_calls(
+            model.spec.alignment,
+            prompt=prompt,
+            block_size=block_size,
+            context=model.context_length,
+            blocks=output.blocks,
+            steps=output.steps,
+        )
+        for prompt, output in zip(prompts, outputs, strict=True)
+    ]
+    return compare(trained_calls(model), Calls.cat(traces))
+
+
+def evaluation_coverage(
+    model: BlockDiffusionModel, documents: Sequence[Document], block_sizes: Sequence[int], offsets: Sequence[int] = (0,)
+) -> Coverage:
+    """The configurations that `bound` scores with the same arguments; raises ValueError as it does."""
+    check_bound(model, documents, block_sizes, offsets)
+    grids = []
+    for size in block_sizes:
+        for offset in (o for o in offsets if o == 0 or o < size):
+            spans = Counter(
+                (given, scored, window.head)
+                for window in windows(model, documents, size, offset)
+                for given, scored in window.document.spans()
+            )
+            grids.append(grid_calls(model.spec.alignment, spans, size))
+    return compare(trained_calls(model), Calls.cat(grids))
