@@ -95,6 +95,7 @@ def test_the_table_of_configurations_covers_every_token_once(distribution, lengt
     assert float(distribution.token_share(length).sum()) == pytest.approx(1, rel=1e-9)
     place = torch.arange(length)[:, None]
     assert not table[(place + torch.arange(length + 1)[None]) > length].any()  # no block leaves the span
+    torch.testing.assert_close(distribution.block_counts(length), table.sum(0), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("distribution", EVERY, ids=repr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,8 +190,6 @@ def test_adapting_a_checkpoint_keeps_its_conventions(trained, tmp_path):
 
 
 def test_a_model_without_an_end_token_is_refused(trained, tmp_path):
-    import shutil
-
     bare = tmp_path / "bare"
     shutil.copytree(trained / "checkpoint", bare)
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
@@ -247,6 +246,16 @@ def test_a_time_budget_becomes_steps_that_a_resumed_run_keeps(tmp_path):
     steps = yaml.safe_load((run.path / "plan.yaml").read_text())["steps"]
     assert steps >= 1
     assert metrics(run.path)[-1]["step"] == steps
+    tree["train"]["save_every"] = 1
+    tree["train"]["minutes"] = 0.03
+    kept = train(make_config(tree), overwrite=True)
+    planned = (kept.path / "plan.yaml").read_text()
+    last = max((kept.path / "trainer").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    shutil.rmtree(last)
+    shutil.rmtree(kept.checkpoint)
+    train(make_config(tree), resume=True)
+    assert (kept.path / "plan.yaml").read_text() == planned
+    assert metrics(kept.path)[-1]["step"] == yaml.safe_load(planned)["steps"]
 
 
 def test_validation_during_training_is_logged(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -21,6 +22,15 @@ from blockdiff.attention import NAMES, Implementation, UnsupportedModel
 from blockdiff.model import SPEC_FILE, BlockDiffusionModel, Spec
 from blockdiff.probe import probe
 
+_UNBUILDABLE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    StrictDataclassError,
+)
 M = TypeVar("M", bound=BlockDiffusionModel)
 
 
@@ -76,7 +86,7 @@ def load(
         backbone, found = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
         )
-    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, *_UNBUILDABLE) as error:
         reason = " ".join(str(error).split())
         raise UnsupportedModel(f"{path}: its config and weights cannot be read ({reason[:300]})") from error
     except OSError as error:
@@ -140,7 +150,7 @@ def from_architecture(
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
         torch.random.set_rng_state(state)
-    except (ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
+    except _UNBUILDABLE as error:
         reason = " ".join(str(error).split())[:300]
         raise UnsupportedModel(f"model.architecture: {kind} cannot be built so ({reason})") from error
     return model

@@ -61,9 +61,14 @@ class Spec:
         share of the most frequent, or more) the largest up to 16, else the most frequent."""
         if not self.is_diffusion or not self.trained_length:
             return 1
-        share = self.layout.token_share(max(self.trained_length - 1, 1))
-        often = [size for size in range(1, min(len(share), 17)) if share[size] >= share.max() / 10]
-        return max(often) if often else int(share.argmax())
+        length = max(self.trained_length - 1, 1)
+        share = self.layout.token_share(length)
+        # what a grid leaves over at the end of a text differs from length to length, and is no size of its own
+        lasting = torch.minimum(share, self.layout.token_share(length + 1)[: length + 1])
+        if float(lasting.sum()) < 0.5:
+            lasting = share
+        often = [size for size in range(1, min(length, 16) + 1) if lasting[size] >= lasting.max() / 10]
+        return max(often) if often else int(lasting.argmax())
 
     def to_json(self) -> dict[str, Any]:
         share = self.layout.token_share(self.trained_length) if self.trained_length else torch.zeros(0)
