@@ -16,7 +16,19 @@ ROOT = Path(blockdiff.__file__).parent
 LAYERS = [
     {"rng", "files", "runtime", "layout", "distributions", "noise", "masks", "objectives", "reference", "decode"}
     | {"partitions", "masking", "curriculum", "coverage", "statistics", "arithmetic"},
-    {"attention", "model", "probe", "loading", "data", "datafiles", "tokenizer", "presets", "config", "progress"},
+    {
+        "attention",
+        "adapters",
+        "model",
+        "probe",
+        "loading",
+        "data",
+        "datafiles",
+        "tokenizer",
+        "presets",
+        "config",
+        "progress",
+    },
     {"trainer", "engine", "evaluate", "explain"},
     {"building", "training", "api", "report", "demo", "experiment", "sample"},
     {"cli_options", "cli_data", "cli_experiment", "cli", "__main__"},

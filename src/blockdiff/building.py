@@ -31,6 +31,9 @@ def build_model(config: RunConfig) -> BlockDiffusionModel:
         raise ConfigError(
             f"data.length: {config.data.length} tokens do not fit the model's context of {bridge.context_length}"
         )
+    frozen = config.model.adapter is not None and config.model.adapter.kind == "noisy"
+    if config.model.adapter is not None and bridge.adapter is None:
+        bridge.attach_adapter(config.model.adapter)
     causal = config.model.clean_context == "context_causal"
     bridge.spec = replace(
         bridge.spec,
@@ -39,9 +42,10 @@ def build_model(config: RunConfig) -> BlockDiffusionModel:
         layout=config.layout,
         noise=config.noise,
         trained_length=config.data.length,
-        ar_trained=causal and (config.objective.ar_weight > 0 or config.layout.kind == "ar"),
+        ar_trained=causal and (config.objective.ar_weight > 0 or config.layout.kind == "ar" or frozen),
         documents=(),
         trained_tokens=0,
+        adapter=config.model.adapter if frozen else None,
     )
     return bridge
 

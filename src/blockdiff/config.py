@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from blockdiff.adapters import Adapter
 from blockdiff.attention import Implementation
 from blockdiff.curriculum import Growth
 from blockdiff.datafiles import BadRows
@@ -50,6 +51,7 @@ class ModelConfig(_Group):
     boundary: Boundary = "clean"
     attention: Implementation = "sdpa"
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    adapter: Adapter | None = Field(None, description="train a low-rank adapter instead of all weights")
 
     @property
     def alignment(self) -> Alignment:
@@ -158,6 +160,11 @@ class RunConfig(_Group):
             not isinstance(self.noise, ExactCount) or self.noise.left_bias or self.objective.draws_per_pass != 1
         ):
             raise ValueError("objective.complementary needs noise exact_count, left_bias 0 and draws_per_pass 1")
+        if self.model.adapter is not None and self.model.adapter.kind == "noisy":
+            if self.model.clean_context == "block_causal":
+                raise ValueError("model.adapter noisy needs clean_context context_causal: the clean stream stays AR")
+            if self.layout.kind == "ar":
+                raise ValueError("model.adapter noisy has nothing to train in layout ar: no block has a noisy token")
         if self.objective.ar_weight > 0 and self.model.clean_context == "block_causal":
             raise ValueError(
                 "objective.ar_weight needs model.clean_context = context_causal: a block-causal clean stream already "

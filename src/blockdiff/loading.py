@@ -110,6 +110,11 @@ def load(
         implementation=implementation,
         model_class=model_class,
     )
+    if spec_file and model.spec.adapter is not None:
+        model.attach_adapter(model.spec.adapter)
+        assert model.adapter is not None
+        model.adapter.load(Path(spec_file).parent, model.backbone)
+        model.eval()
     if not spec_file and not add_mask:
         model.spec = replace(model.spec, trained_length=model.context_length)
     return model

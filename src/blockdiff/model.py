@@ -10,7 +10,7 @@ Shapes: B rows, T tokens of the pass, R rows of logits that are read, V vocabula
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blockdiff import distributions, noise
+from blockdiff.adapters import Adapter, AttachedAdapter
 from blockdiff.attention import NAMES, Implementation, UnsupportedModel
 from blockdiff.coverage import SpanShare
 from blockdiff.files import replace_directory
@@ -39,6 +40,7 @@ class Spec:
     ar_trained says whether the clean stream was trained as an AR model (its next-token loss was part of training).
     documents: what share of the training spans had how many scored tokens after how many given ones (empty: unknown);
     trained_tokens: scored tokens that training went through, repetitions counted (0: unknown).
+    adapter describes the noisy-stream adapter in `adapter.safetensors`, where there is one.
     """
 
     mask_id: int | None = None
@@ -50,6 +52,7 @@ class Spec:
     ar_trained: bool = True
     documents: tuple[SpanShare, ...] = ()
     trained_tokens: int = 0
+    adapter: Adapter | None = None
 
     @property
     def is_diffusion(self) -> bool:
@@ -88,6 +91,7 @@ class Spec:
             "ar_trained": self.ar_trained,
             "documents": [[given, scored, float(f"{share:.6g}")] for given, scored, share in self.documents],
             "trained_tokens": self.trained_tokens,
+            "adapter": None if self.adapter is None else asdict(self.adapter),
         }
 
     @staticmethod
@@ -114,6 +118,7 @@ class Spec:
                 ar_trained=data["ar_trained"],
                 documents=tuple(SpanShare(*span) for span in data.get("documents", [])),
                 trained_tokens=data.get("trained_tokens", 0),
+                adapter=Adapter(**data["adapter"]) if data.get("adapter") else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UnsupportedModel(f"{path}: not a blockdiff description of a checkpoint ({error})") from error
@@ -156,6 +161,7 @@ class BlockDiffusionModel(nn.Module):
         self.spec = spec
         self.windows: dict[int, int | None] = {}
         self.notes: list[str] = []
+        self.adapter: AttachedAdapter | None = None
         self._read: Tensor | None = None
         head.register_forward_pre_hook(self._keep_read_rows)
         backbone.set_attn_implementation(NAMES[implementation])
@@ -202,6 +208,42 @@ class BlockDiffusionModel(nn.Module):
         the head runs only where somebody looks. past holds earlier clean tokens; with `keep` the tokens of this pass
         join it (a commit), otherwise it is left as it was. Returns [R, V] (or [B * T, V]); the [MASK] column is -inf.
         """
+        if self.adapter is not None and self.adapter.frozen:
+            noisy = int(tokens.noisy[0].sum())
+            if noisy < ids.shape[1]:
+                if noisy:
+                    return self._frozen_pass(ids, tokens, noisy, read)
+                with self.adapter.off(), torch.no_grad():
+                    return self._pass(ids, tokens, read, past, keep)
+        return self._pass(ids, tokens, read, past, keep)
+
+    def attach_adapter(self, settings: Adapter) -> None:
+        """Put an adapter into the network; from now on only it and its [MASK] row are trained."""
+        if self.spec.mask_id is None:
+            raise UnsupportedModel("adapter: a plain AR checkpoint has no [MASK] row to adapt; load it with add_mask")
+        self.adapter = AttachedAdapter(self.backbone, settings, self.spec.mask_id)
+
+    def _frozen_pass(self, ids: Tensor, tokens: TokenMap, noisy: int, read: Tensor | None) -> Tensor:
+        """[noisy ; clean] in two: the clean stream without the adapter and its gradient, then the noisy one over it."""
+        width = ids.shape[1]
+        read = torch.arange(ids.numel(), device=ids.device) if read is None else read
+        row, column = read // width, read % width
+        from_clean = column >= noisy
+        past = Past()
+        clean = self(
+            ids[:, noisy:],
+            tokens[:, noisy:],
+            read=(row * (width - noisy) + column - noisy)[from_clean],
+            past=past,
+            keep=True,
+        )
+        denoised = self(ids[:, :noisy], tokens[:, :noisy], read=(row * noisy + column)[~from_clean], past=past)
+        logits = torch.empty(len(read), denoised.shape[1], dtype=denoised.dtype, device=denoised.device)
+        places = torch.arange(len(read), device=read.device)
+        logits = logits.index_copy(0, places[from_clean], clean)
+        return logits.index_copy(0, places[~from_clean], denoised)
+
+    def _pass(self, ids: Tensor, tokens: TokenMap, read: Tensor | None, past: Past | None, keep: bool) -> Tensor:
         key = tokens if past is None or past.tokens is None else TokenMap.cat(past.tokens, tokens)
         visibility = Visibility(tokens, key, self.spec.clean_context, self.windows)
         self._read = read
@@ -232,7 +274,10 @@ class BlockDiffusionModel(nn.Module):
 
     def save_into(self, directory: Path) -> None:
         """Write the checkpoint's files into an existing directory."""
-        self.backbone.save_pretrained(directory, safe_serialization=True)
+        state = None if self.adapter is None else self.adapter.plain_state(self.backbone)
+        self.backbone.save_pretrained(directory, state_dict=state, safe_serialization=True)
+        if self.adapter is not None and self.adapter.frozen:
+            self.adapter.save(directory, self.backbone)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
         (directory / SPEC_FILE).write_text(json.dumps(self.spec.to_json(), indent=2) + "\n")

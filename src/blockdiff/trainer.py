@@ -311,14 +311,21 @@ class BlockDiffusionTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        self._bare().save_into(directory)
+        bridge = self._bare()
+        bridge.save_into(directory)
+        if bridge.adapter is not None and self._staging is not None:
+            bridge.adapter.save(directory, bridge.backbone)
         if self.adaptive is not None and self._staging is not None:
             (directory / _CURRICULUM_FILE).write_text(json.dumps(self.adaptive.state()))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        backbone = self._bare().backbone
-        saved = type(backbone).from_pretrained(resume_from_checkpoint, dtype=backbone.dtype, use_safetensors=True)
-        backbone.load_state_dict(saved.state_dict())
+        bridge = self._bare()
+        if bridge.adapter is not None:  # everything else is as `build_model` made it
+            bridge.adapter.load(Path(resume_from_checkpoint), bridge.backbone)
+        else:
+            kind, dtype = type(bridge.backbone), bridge.backbone.dtype
+            saved = kind.from_pretrained(resume_from_checkpoint, dtype=dtype, use_safetensors=True)
+            bridge.backbone.load_state_dict(saved.state_dict())
         if self.adaptive is not None:
             self.adaptive.restore(json.loads((Path(resume_from_checkpoint) / _CURRICULUM_FILE).read_text()))
 
