@@ -18,7 +18,7 @@ from blockdiff.layout import TokenMap
 from blockdiff.masking import complement, proposed_count
 from blockdiff.noise import Clipped, ExactCount, LearnedCount, SearchedClip
 from blockdiff.objectives import block_numbers, maskable, score, token_losses, two_streams
-from blockdiff.trainer import Objective, Schedule
+from blockdiff.passes import Objective, Schedule
 from blockdiff.training import train
 
 

@@ -10,7 +10,7 @@ import tiny
 import torch
 from conftest import tiny_config
 
-from blockdiff.building import training_rows
+from blockdiff.building import objective_of, training_rows
 from blockdiff.config import ConfigError, make_config
 from blockdiff.data import Document, Encoder, collate, fill_end
 from blockdiff.distributions import Fixed, Full
@@ -18,9 +18,9 @@ from blockdiff.explain import explanation
 from blockdiff.layout import Layout, TokenMap
 from blockdiff.noise import ExactCount
 from blockdiff.objectives import Alignment, one_active
+from blockdiff.passes import Objective
 from blockdiff.presets import PRESETS
 from blockdiff.tokenizer import train_tokenizer
-from blockdiff.trainer import Objective
 from blockdiff.training import train
 
 
@@ -85,6 +85,13 @@ def test_classical_sft_is_the_full_layout_over_the_answer():
     tokens = TokenMap.build(batch["doc"], batch["prompt"], spans.place(Full().draw(spans.lengths, generator)))
     assert [row[0] for row in tokens.layouts()] == [Layout(3, (6,)), Layout(2, (4,))]
     assert make_config(_sft("classical_sft")).layout == Full()
+
+
+def test_a_configuration_reaches_the_objective():
+    config = make_config(_sft("blockwise_sft", objective={"weighting": "ce", "ar_weight": 0.25, "draws_per_pass": 3}))
+    found = objective_of(config)
+    assert (found.active, found.weighting, found.ar_weight, found.draws) == ("one", "ce", 0.25, 3)
+    assert objective_of(make_config(_sft("fast_dllm_v2"))).complementary
 
 
 def test_ends_are_filled_to_the_block_or_the_row_and_not_beyond():

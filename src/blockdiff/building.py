@@ -15,6 +15,7 @@ from blockdiff.coverage import SpanShare, histogram
 from blockdiff.data import Corpus, Encoder, PackedRows
 from blockdiff.datafiles import read_rows, texts_of
 from blockdiff.model import BlockDiffusionModel, Spec
+from blockdiff.passes import Objective
 from blockdiff.tokenizer import train_tokenizer
 
 
@@ -62,6 +63,20 @@ def encoder_of(bridge: BlockDiffusionModel) -> Encoder:
             "neither the model nor its tokenizer names an end token, so no document could end; set data.end_token"
         )
     return Encoder(bridge.tokenizer, bridge.end_ids[0], bridge.end_ids)
+
+
+def objective_of(config: RunConfig) -> Objective:
+    """What a step of this configuration draws and minimises, before any schedule."""
+    settings = config.objective
+    return Objective(
+        layout=config.layout,
+        noise=config.noise,
+        weighting=settings.weighting,
+        ar_weight=settings.ar_weight,
+        draws=settings.draws_per_pass,
+        complementary=settings.complementary,
+        active=settings.active,
+    )
 
 
 def training_rows(config: RunConfig, encoder: Encoder) -> tuple[Corpus, PackedRows]:

@@ -260,6 +260,7 @@ app.add_typer(cli_data.data, name="data")
 app.command()(cli_experiment.experiment)
 app.command()(cli_data.sample)
 evaluations.command("generation")(cli_data.eval_generation)
+evaluations.command("variance")(cli_experiment.eval_variance)
 
 
 @app.callback(invoke_without_command=True)

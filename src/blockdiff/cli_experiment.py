@@ -1,4 +1,4 @@
-"""`blockdiff experiment`."""
+"""`blockdiff experiment`, and what experiments measure beside the bound."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from blockdiff.cli_options import JsonFile, err, out, write_result
+from blockdiff.cli_options import Changes, JsonFile, Seed, err, out, write_result
 
 
 def experiment(
@@ -61,3 +61,43 @@ def experiment(
         err.print(f"failed: {name}: {problem}", style="red")
     if failed:
         raise typer.Exit(1)
+
+
+def eval_variance(
+    config: Annotated[Path, typer.Argument(help="YAML configuration: its model, data and objective.")],
+    changes: Changes = None,
+    init: Annotated[str | None, typer.Option(help="Checkpoint to measure at.")] = None,
+    draws: Annotated[int, typer.Option(help="Gradients drawn.", min=2)] = 32,
+    both: Annotated[bool, typer.Option("--both", help="Another batch for every draw, not only other noise.")] = False,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Variance of a configuration's training gradient at a checkpoint, by groups of parameters. Trains nothing."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from blockdiff.building import build_model, encoder_of, objective_of, training_rows
+    from blockdiff.config import load_config
+    from blockdiff.evaluate import gradient_variance
+    from blockdiff.runtime import record
+
+    resolved = load_config(config, changes, model__init=init)
+    model = build_model(resolved)
+    _, rows = training_rows(resolved, encoder_of(model))
+    found = gradient_variance(
+        model,
+        rows.rows,
+        objective_of(resolved),
+        rows_per_batch=resolved.train.rows,
+        draws=draws,
+        vary="both" if both else "noise",
+        seed=seed,
+    )
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("group", "variance", "|mean|", "variance / |mean|²", "parameters"):
+        table.add_column(name, justify="left" if name == "group" else "right")
+    for row in found:
+        ratio = "" if row.ratio is None else f"{row.ratio:.4g}"
+        table.add_row(row.group, f"{row.variance:.4g}", f"{row.mean_norm:.4g}", ratio, f"{row.parameters:,}")
+    out.print(table)
+    write_result(json_file, record("eval variance", seed, rows=[row.to_json() for row in found]))

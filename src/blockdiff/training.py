@@ -25,6 +25,7 @@ from blockdiff import data
 from blockdiff.building import (
     build_model,
     encoder_of,
+    objective_of,
     packed,
     trained_documents,
     training_rows,
@@ -36,8 +37,9 @@ from blockdiff.evaluate import BoundRow, bound, check_bound
 from blockdiff.explain import draw_example
 from blockdiff.files import write_json, write_text
 from blockdiff.model import BlockDiffusionModel
+from blockdiff.passes import Objective, Schedule
 from blockdiff.runtime import record, use_available_threads
-from blockdiff.trainer import BlockDiffusionTrainer, MetricsFile, Objective, Schedule, last_checkpoint
+from blockdiff.trainer import BlockDiffusionTrainer, MetricsFile, last_checkpoint
 
 Say = Callable[[str], None]
 
@@ -124,14 +126,7 @@ def train(
     if processes.is_main_process:
         _open(run, config, fresh=resumed is None)
     processes.wait_for_everyone()
-    objective = Objective(
-        config.layout,
-        config.noise,
-        config.objective.weighting,
-        config.objective.ar_weight,
-        config.objective.draws_per_pass,
-        config.objective.complementary,
-    )
+    objective = objective_of(config)
     if processes.is_main_process:
         _plan(run, config, bridge, objective, rows, processes.num_processes)
         picture = draw_example(config.layout, bridge.spec.alignment, bridge.spec.clean_context, config.seed)

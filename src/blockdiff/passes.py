@@ -1,0 +1,112 @@
+"""A training pass: draw a layout and noise for a batch, run the two streams, score them; and how that changes.
+
+What trains and what measures gradients draw through the same `Objective`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from blockdiff.curriculum import Growth
+from blockdiff.distributions import LayoutDistribution
+from blockdiff.layout import Spans, TokenMap
+from blockdiff.masking import Corruption, complement
+from blockdiff.noise import Noise
+from blockdiff.objectives import (
+    Alignment,
+    Terms,
+    Weighting,
+    block_numbers,
+    maskable,
+    one_active,
+    score,
+    token_losses,
+    two_streams,
+)
+
+Active = Literal["all", "one"]
+Observe = Callable[[Corruption, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a step draws and what it minimises.
+
+    draws: noise draws that share one clean pass; complementary: two of them, of which the second masks what the first
+    leaves. active: every block of a document in one pass, or one random block (`objectives.one_active`).
+    """
+
+    layout: LayoutDistribution
+    noise: Noise
+    weighting: Weighting = "nelbo"
+    ar_weight: float = 0.0
+    draws: int = 1
+    complementary: bool = False
+    active: Active = "all"
+
+    def is_bound(self, alignment: Alignment) -> bool:
+        """Whether the blocks' loss is, in expectation, a bound on the negative log-likelihood."""
+        return self.weighting == "nelbo" and self.noise.is_bound and alignment.is_bound
+
+    def terms(
+        self,
+        model: nn.Module,
+        batch: dict[str, Tensor],
+        alignment: Alignment,
+        mask_id: int,
+        generator: Generator,
+        observe: Observe | None = None,
+    ) -> Terms:
+        """Draw a layout and noise for a batch (`data.collate`'s) and score it, in one pass.
+
+        `observe(corruption, losses, block)` receives the losses of a draw's masked tokens, and every token's block.
+        """
+        ids, doc, prompt = batch["input_ids"], batch["doc"], batch["prompt"]
+        spans = Spans.of(doc, prompt)
+        tokens = TokenMap.build(doc, prompt, spans.place(self.layout.draw(spans.lengths, generator)))
+        documents = int(doc.max()) + 1
+        denoised, blocks = tokens, torch.ones((), device=doc.device)
+        if self.active == "one":
+            denoised, blocks = one_active(tokens, torch.rand(documents, generator=generator))
+        block = block_numbers(denoised, maskable(denoised, alignment))
+        draws = self._noise(block, generator)
+        stream = two_streams(
+            ids, denoised, draws, alignment, mask_id, weighting=self.weighting, with_ar=self.ar_weight > 0
+        )
+        losses = token_losses(model(stream.ids, stream.tokens, read=stream.reads.index), stream.reads)
+        if observe is not None:
+            at = 0
+            for draw in draws:
+                count = int(draw.masked.sum())
+                observe(draw, losses[at : at + count], block)
+                at += count
+        terms = score(losses, stream.reads, tokens, documents)
+        return replace(terms, blocks=terms.blocks * blocks, ar=terms.ar * blocks)
+
+    def _noise(self, block: Tensor, generator: Generator) -> list[Corruption]:
+        if self.complementary:
+            first = self.noise.draw(block, generator)
+            return [first, complement(block, first)]
+        return self.noise.draws(block, generator, self.draws)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the objective changes with the progress of a training: growing blocks, and the AR weight at the end."""
+
+    growth: Growth | None = None
+    ar_weight_end: float | None = None
+
+    def at(self, objective: Objective, progress: float, u: float) -> Objective:
+        """The objective at `progress` in [0, 1]; u in (0, 1) for what is drawn at each step."""
+        if self.growth is not None:
+            objective = replace(objective, layout=self.growth.layout(objective.layout, progress, u))
+        if self.ar_weight_end is not None:
+            weight = objective.ar_weight + (self.ar_weight_end - objective.ar_weight) * progress
+            objective = replace(objective, ar_weight=weight)
+        return objective
