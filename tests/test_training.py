@@ -202,6 +202,19 @@ def test_a_model_without_an_end_token_is_refused(trained, tmp_path):
         train(make_config(tree))
 
 
+def test_checkpointed_activations_change_nothing(tmp_path):
+    runs = []
+    for checkpointing in (False, True):
+        folder = tmp_path / str(checkpointing)
+        folder.mkdir()
+        runs.append(
+            train(make_config(tiny_config(folder, train={"steps": 4, "gradient_checkpointing": checkpointing})))
+        )
+    a, b = (weights(run.path) for run in runs)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("weighting", ["ce", [1.0, 0.5, 0.25]])
 def test_other_weightings_train(tmp_path, weighting):
     tree = tiny_config(tmp_path, objective={"weighting": weighting}, train={"steps": 10, "log_every": 5})

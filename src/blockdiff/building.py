@@ -35,6 +35,9 @@ def build_model(config: RunConfig) -> BlockDiffusionModel:
     frozen = config.model.adapter is not None and config.model.adapter.kind == "noisy"
     if config.model.adapter is not None and bridge.adapter is None:
         bridge.attach_adapter(config.model.adapter)
+    if config.train.gradient_checkpointing:
+        newer = getattr(bridge.backbone, "activation_checkpointing_enable", None)  # its name in newer transformers
+        (newer or bridge.backbone.gradient_checkpointing_enable)({"use_reentrant": False})
     causal = config.model.clean_context == "context_causal"
     bridge.spec = replace(
         bridge.spec,

@@ -104,6 +104,7 @@ class TrainConfig(_Group):
     weight_decay: float = Field(0.0, ge=0)
     beta2: float = Field(0.99, gt=0, lt=1)
     clip: float = Field(1.0, gt=0, description="gradient norm")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
     log_every: int = Field(10, ge=1)
     save_every: int | None = Field(None, ge=1, description="steps between resumable checkpoints; none: only the end")
     keep: int = Field(2, ge=1, description="resumable checkpoints kept")
@@ -163,6 +164,10 @@ class RunConfig(_Group):
         if self.model.adapter is not None and self.model.adapter.kind == "noisy":
             if self.model.clean_context == "block_causal":
                 raise ValueError("model.adapter noisy needs clean_context context_causal: the clean stream stays AR")
+            if self.train.gradient_checkpointing:
+                raise ValueError(
+                    "train.gradient_checkpointing drops the cache that model.adapter noisy reads; leave it out"
+                )
             if self.layout.kind == "ar":
                 raise ValueError("model.adapter noisy has nothing to train in layout ar: no block has a noisy token")
         if self.objective.ar_weight > 0 and self.model.clean_context == "block_causal":
