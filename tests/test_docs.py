@@ -27,6 +27,7 @@ STAND_INS = {
     "../shared/models/stories260K": "my-model",
     "../shared/data/stories-synthetic/train.jsonl.gz": "my-text.jsonl",
     "../shared/data/stories-synthetic/valid.jsonl.gz": "my-valid.jsonl",
+    "runs/demo/data/valid.jsonl": "my-valid.jsonl",
     "runs/data/arithmetic/valid.jsonl": "my-questions.jsonl",
 }
 BUDGET = "--set train.steps=2 --set train.tokens=null --set train.minutes=null --set data.length=64 --set train.rows=2"
