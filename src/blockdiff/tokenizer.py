@@ -1,4 +1,4 @@
-"""Train a tokenizer: byte-level BPE, so that any text encodes and decodes back to itself."""
+"""Train a tokenizer: byte-level BPE over words and single digits, so that any text encodes and decodes back to itself."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ BEGIN, END = "<|begin|>", "<|end|>"
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with `vocabulary` tokens; it puts a beginning token before every text.
 
+    Every digit is a token of its own, so that numbers are written the same way wherever they stand.
+
     Raises ValueError if the vocabulary cannot hold the 256 bytes and the two special tokens.
     """
     if vocabulary < 258:
         raise ValueError(f"vocabulary of {vocabulary} tokens is too small; give at least 258 (256 bytes, begin, end)")
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
