@@ -15,7 +15,7 @@ ROOT = Path(blockdiff.__file__).parent
 # each layer may import the ones before it; modules of one layer as listed in SIDEWAYS only
 LAYERS = [
     {"rng", "files", "runtime", "layout", "distributions", "noise", "masks", "objectives", "reference", "decode"}
-    | {"partitions", "masking", "curriculum", "passes", "coverage", "statistics", "arithmetic"},
+    | {"partitions", "masking", "ablations", "curriculum", "passes", "coverage", "statistics", "arithmetic"},
     {
         "attention",
         "adapters",
@@ -34,7 +34,7 @@ LAYERS = [
     {"cli_options", "cli_data", "cli_experiment", "cli", "__main__"},
 ]
 MATH = {"rng", "layout", "distributions", "noise", "masks", "objectives", "reference", "decode", "curriculum"}
-MATH |= {"coverage", "passes", "partitions", "masking"}
+MATH |= {"coverage", "passes", "partitions", "masking", "ablations"}
 
 
 def modules() -> dict[str, set[str]]:

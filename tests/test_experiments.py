@@ -76,19 +76,24 @@ def test_the_summary_is_what_the_runs_say(finished):
         for label in ("ar", "fixed4")
         for seed in (0, 1)
     }
-    found = {(row["setting"], row["block_size"], row["offset"]): row for row in summary["rows"]}
+    bounds = [row for row in summary["rows"] if row["measure"] == "bound"]
+    found = {(row["setting"], row["place"]["block_size"], row["place"]["offset"]): row for row in bounds}
     assert list(found) == [("ar", 1, 0), ("fixed4", 1, 0), ("fixed4", 4, 0), ("fixed4", 4, 1)]
     for (label, size, offset), row in found.items():
         rows = [
-            next(r for r in by_run[label, seed]["rows"] if (r["block_size"], r["offset"]) == (size, offset))
+            next(
+                r
+                for r in by_run[label, seed]["rows"]
+                if (r["place"]["block_size"], r["place"]["offset"]) == (size, offset)
+            )
             for seed in (0, 1)
         ]
-        nats = [r["nats_per_token"] for r in rows]
-        assert row["nats_per_token"] == pytest.approx(mean(nats))
+        nats = [r["value"] for r in rows]
+        assert row["value"] == pytest.approx(mean(nats))
         assert row["sd"] == pytest.approx(stdev(nats)) != 0
         assert row["se"] == pytest.approx(mean(r["se"] for r in rows))
         assert row["se_mc"] == pytest.approx(mean(r["se_mc"] for r in rows))
-        assert (row["n"], row["documents"]) == (2, 6)
+        assert (row["n"], row["counts"]["documents"]) == (2, 6)
     assert found["ar", 1, 0]["se_mc"] == 0 < found["fixed4", 4, 0]["se_mc"] < found["fixed4", 4, 0]["se"]
     (test,) = summary["compare"]  # block size 1 is all they share
     a, b = (list(found[label, 1, 0]["by_seed"].values()) for label in ("fixed4", "ar"))
@@ -112,14 +117,16 @@ def test_tables_and_plot_come_from_the_saved_summary(finished, tmp_path):
     text = markdown(summary)
     assert text == (finished / "out" / "summary.md").read_text()
     first = summary["rows"][0]
-    assert f"| 1 | {first['nats_per_token']:.4f} ± {first['sd']:.4f} |" in text
-    assert "| 4, offset 1 |  |" in text  # the AR model has no block size 4
+    assert "|  | b = 1 | b = 4 |" in text
+    assert f"| ar | {first['value']:.4f} ± {first['sd']:.4f} |  |" in text  # the AR model has no block size 4
     assert "fixed4 − ar" in text
+    worst = next(row for row in summary["rows"] if row["measure"] == "worst_offset")
+    assert f"| fixed4 | {worst['value']:.4f} ± {worst['sd']:.4f} |" in text
     plot(summary, tmp_path / "again.png")
     picture = (finished / "out" / "bounds.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert (tmp_path / "again.png").read_bytes() == picture
-    moved = {**summary, "rows": [{**row, "nats_per_token": row["nats_per_token"] + 1} for row in summary["rows"]]}
+    moved = {**summary, "rows": [{**row, "value": row["value"] + 1} for row in summary["rows"]]}
     plot(moved, tmp_path / "moved.png")
     assert (tmp_path / "moved.png").read_bytes() != picture
     assert markdown(moved) != text
@@ -134,7 +141,7 @@ def test_finished_runs_are_kept_and_another_evaluation_only_measures(finished, c
     code, out, _ = run("experiment", finished / "tiny.yaml", "--set", "evaluate.documents=3", capsys=capsys)
     assert code == 0
     assert "training" not in out
-    assert {row["documents"] for row in summary_of(finished)["rows"]} == {3}
+    assert {r["counts"]["documents"] for r in summary_of(finished)["rows"] if r["measure"] == "bound"} == {3}
     assert stamps(finished) == trained
     assert run("experiment", finished / "tiny.yaml", capsys=capsys)[0] == 0  # and back
     assert summary_of(finished) == before
@@ -166,7 +173,7 @@ def test_a_killed_experiment_goes_on_to_the_same_summary(finished, tmp_path, cap
     )
     assert code == 0
     other = json.loads((tmp_path / "other" / "summary.json").read_text())
-    assert other["rows"][0]["nats_per_token"] != whole["rows"][0]["nats_per_token"]
+    assert other["rows"][0]["value"] != whole["rows"][0]["value"]
     assert [(row["setting"], row["sd"], row["n"]) for row in other["rows"]] == [("ar", None, 1)]
     assert [(run["setting"], run["why"]) for run in other["missing"]] == [("fixed4", "not trained to its end yet")]
     assert "One seed, so its spread is unknown" in (tmp_path / "other" / "summary.md").read_text()

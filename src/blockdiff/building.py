@@ -79,6 +79,8 @@ def objective_of(config: RunConfig) -> Objective:
         draws=settings.draws_per_pass,
         complementary=settings.complementary,
         active=settings.active,
+        prefix_noise=settings.prefix_noise,
+        suffix_visible=settings.suffix_visible,
     )
 
 

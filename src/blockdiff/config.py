@@ -88,6 +88,10 @@ class ObjectiveConfig(_Group):
         "all", description="all: every block of a document in one pass; one: a random block (Blockwise SFT)"
     )
     complementary: bool = Field(False, description="two draws a pass, the second masking what the first leaves")
+    prefix_noise: float = Field(0.0, ge=0, lt=1, description="ablation: share of earlier answer tokens shown masked")
+    suffix_visible: float | None = Field(
+        None, ge=0, le=1, description="ablation, active one: the block sees what follows it, this share unmasked"
+    )
 
 
 class TrainConfig(_Group):
@@ -161,7 +165,16 @@ class RunConfig(_Group):
             not isinstance(self.noise, ExactCount) or self.noise.left_bias or self.objective.draws_per_pass != 1
         ):
             raise ValueError("objective.complementary needs noise exact_count, left_bias 0 and draws_per_pass 1")
+        if self.objective.suffix_visible is not None and (
+            self.objective.active != "one" or self.model.alignment.seeded
+        ):
+            raise ValueError("objective.suffix_visible needs objective.active one and another boundary than seed")
         if self.model.adapter is not None and self.model.adapter.kind == "noisy":
+            if self.objective.prefix_noise > 0 or (self.growth is not None and self.growth.shape == "annealed"):
+                raise ValueError(
+                    "model.adapter noisy leaves the clean stream and the mask rule as they are: no "
+                    "objective.prefix_noise and no growth annealed with it"
+                )
             if self.model.clean_context == "block_causal":
                 raise ValueError("model.adapter noisy needs clean_context context_causal: the clean stream stays AR")
             if self.train.gradient_checkpointing:

@@ -27,10 +27,11 @@ class Growth:
     shape   geometric: plateaus of equal length at start, start * ratio, ... until `until` of the steps (NBDiff,
             arXiv 2512.06776, eq. 3); wsd: up to `peak` in the first `until` of the steps, stable, and down to the
             layout's own size in the last `decay` of them (LLaDA 2.0, arXiv 2512.15745); random: every step draws one of
-            those plateaus' sizes anew.
+            those plateaus' sizes anew; annealed: the size stays, and attention inside a block becomes bidirectional
+            bit by bit until `until` of the steps (`masks.Annealing`; the baseline of NBDiff's table 2).
     """
 
-    shape: Literal["geometric", "wsd", "random"] = "geometric"
+    shape: Literal["geometric", "wsd", "random", "annealed"] = "geometric"
     start: int = 1
     ratio: int = 2
     until: float = 0.6
@@ -40,8 +41,8 @@ class Growth:
     __pydantic_config__ = FORBID_EXTRA
 
     def __post_init__(self) -> None:
-        if self.shape not in ("geometric", "wsd", "random"):
-            raise ValueError(f"growth shape {self.shape!r} is unknown; known: geometric, wsd, random")
+        if self.shape not in ("geometric", "wsd", "random", "annealed"):
+            raise ValueError(f"growth shape {self.shape!r} is unknown; known: geometric, wsd, random, annealed")
         if self.start < 1 or self.ratio < 2:
             raise ValueError("growth: start must be 1 or more and ratio 2 or more")
         if not 0 < self.until <= 1 or not 0 < self.decay <= 1:
@@ -72,11 +73,17 @@ class Growth:
         at = (progress - (1 - self.decay)) / self.decay
         return down[min(int(max(at, 0.0) * len(down)), len(down) - 1)]
 
+    def annealing(self, progress: float) -> float | None:
+        """Share of a block's later tokens that are visible, where attention is what grows."""
+        return min(progress / self.until, 1.0) if self.shape == "annealed" else None
+
     def layout(self, final: LayoutDistribution, progress: float, u: float) -> LayoutDistribution:
         """The layout distribution at `progress`: `final` with its size (or largest size) replaced.
 
         Raises ValueError for a layout that has no size to grow.
         """
+        if self.shape == "annealed":
+            return final
         names = {field.name for field in fields(final)}  # type: ignore[arg-type]
         key = next((name for name in ("size", "max_size") if name in names), None)
         if key is None:

@@ -10,7 +10,8 @@ its own document, and:
 
 (BD3-LM, arXiv 2503.09573, section 3.2 and appendix B.6, for any block lengths; context_causal is NBDiff's mask,
 arXiv 2512.06776, appendix A.) A layer with a sliding window also drops keys `window` or more positions behind the
-query.
+query. An `Annealing` hides part of a block's later noisy tokens, as a baseline that trains causal attention into
+bidirectional attention.
 
 Shapes: B rows, Q queries, K keys.
 """
@@ -24,15 +25,41 @@ import torch
 from torch import Tensor
 
 from blockdiff.layout import TokenMap
+from blockdiff.rng import uniform
 
 CleanContext = Literal["context_causal", "block_causal"]
 CLEAN_CONTEXTS = ("context_causal", "block_causal")
 TILE = 128
 
 
-def visible(query: TokenMap, key: TokenMap, clean_context: CleanContext, window: int | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Annealing:
+    """Attention on its way from causal to bidirectional (DiffuLLaMA, arXiv 2410.17891), inside noisy blocks.
+
+    A noisy query sees every earlier noisy token of its block, and each later one with probability `share`, drawn anew
+    for every pair of tokens and every `seed`. Only what is masked anyway is hidden, so nothing leaks.
+    """
+
+    share: float
+    seed: int
+
+    def keeps(self, query: TokenMap, key: TokenMap) -> Tensor:
+        """Which pairs of a block stay visible to each other, elementwise."""
+        drawn = uniform(self.seed, query.doc, query.position, key.position) < self.share
+        return drawn | (key.position <= query.position)
+
+
+def visible(
+    query: TokenMap,
+    key: TokenMap,
+    clean_context: CleanContext,
+    window: int | None = None,
+    annealing: Annealing | None = None,
+) -> Tensor:
     """THE rule, elementwise: `query` and `key` are token maps whose tensors broadcast against each other."""
     own_block = key.noisy & (query.block == key.block)
+    if annealing is not None:
+        own_block = own_block & annealing.keeps(query, key)
     earlier = ~key.noisy & (key.position < query.start)
     if clean_context == "context_causal":
         clean = ~key.noisy & (key.position <= query.position)
@@ -66,6 +93,7 @@ class Visibility:
     key: TokenMap
     clean_context: CleanContext
     windows: dict[int, int | None] = field(default_factory=dict, repr=False, compare=False)
+    annealing: Annealing | None = None
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def note_layer(self, layer: int | None, window: int | None) -> None:
@@ -105,10 +133,10 @@ class Visibility:
 
     def mask_mod(self, window: int | None = None) -> Any:
         """The rule as FlexAttention's index function (batch, head, query, key) -> bool."""
-        query, key, context = self.query, self.key, self.clean_context
+        query, key, context, annealing = self.query, self.key, self.clean_context, self.annealing
 
         def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return visible(query[b, q], key[b, k], context, window)
+            return visible(query[b, q], key[b, k], context, window, annealing)
 
         return rule
 
@@ -145,7 +173,8 @@ class Visibility:
         return self._cache[name]
 
     def _rows(self, queries: slice, window: int | None) -> Tensor:
-        return visible(self.query[:, queries, None], self.key[:, None, :], self.clean_context, window)
+        query, key = self.query[:, queries, None], self.key[:, None, :]
+        return visible(query, key, self.clean_context, window, self.annealing)
 
     def _tile(self, at: int, window: int | None) -> Tile:
         queries = slice(at, min(at + TILE, self._queries))

@@ -25,7 +25,7 @@ from blockdiff.attention import NAMES, Implementation, UnsupportedModel
 from blockdiff.coverage import SpanShare
 from blockdiff.files import replace_directory
 from blockdiff.layout import TokenMap
-from blockdiff.masks import CLEAN_CONTEXTS, CleanContext, Visibility
+from blockdiff.masks import CLEAN_CONTEXTS, Annealing, CleanContext, Visibility
 from blockdiff.objectives import Alignment
 
 SPEC_FILE = "block_diffusion.json"
@@ -200,13 +200,21 @@ class BlockDiffusionModel(nn.Module):
         return () if found is None else (int(found),)
 
     def forward(
-        self, ids: Tensor, tokens: TokenMap, *, read: Tensor | None = None, past: Past | None = None, keep: bool = False
+        self,
+        ids: Tensor,
+        tokens: TokenMap,
+        *,
+        read: Tensor | None = None,
+        past: Past | None = None,
+        keep: bool = False,
+        annealing: Annealing | None = None,
     ) -> Tensor:
         """Logits of one pass.
 
         ids [B, T] with their token map. read [R] picks rows of the flattened [B * T] logits (None: all of them), so
         the head runs only where somebody looks. past holds earlier clean tokens; with `keep` the tokens of this pass
-        join it (a commit), otherwise it is left as it was. Returns [R, V] (or [B * T, V]); the [MASK] column is -inf.
+        join it (a commit), otherwise it is left as it was. `annealing` narrows the rule (a training baseline, not for
+        frozen adapters). Returns [R, V] (or [B * T, V]); the [MASK] column is -inf.
         """
         if self.adapter is not None and self.adapter.frozen:
             noisy = int(tokens.noisy[0].sum())
@@ -215,7 +223,7 @@ class BlockDiffusionModel(nn.Module):
                     return self._frozen_pass(ids, tokens, noisy, read)
                 with self.adapter.off(), torch.no_grad():
                     return self._pass(ids, tokens, read, past, keep)
-        return self._pass(ids, tokens, read, past, keep)
+        return self._pass(ids, tokens, read, past, keep, annealing)
 
     def attach_adapter(self, settings: Adapter) -> None:
         """Put an adapter into the network; from now on only it and its [MASK] row are trained."""
@@ -243,9 +251,17 @@ class BlockDiffusionModel(nn.Module):
         logits = logits.index_copy(0, places[from_clean], clean)
         return logits.index_copy(0, places[~from_clean], denoised)
 
-    def _pass(self, ids: Tensor, tokens: TokenMap, read: Tensor | None, past: Past | None, keep: bool) -> Tensor:
+    def _pass(
+        self,
+        ids: Tensor,
+        tokens: TokenMap,
+        read: Tensor | None,
+        past: Past | None,
+        keep: bool,
+        annealing: Annealing | None = None,
+    ) -> Tensor:
         key = tokens if past is None or past.tokens is None else TokenMap.cat(past.tokens, tokens)
-        visibility = Visibility(tokens, key, self.spec.clean_context, self.windows)
+        visibility = Visibility(tokens, key, self.spec.clean_context, self.windows, annealing)
         self._read = read
         try:
             output = self.backbone(

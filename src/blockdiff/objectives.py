@@ -158,13 +158,16 @@ def two_streams(
     *,
     weighting: Weighting = "nelbo",
     with_ar: bool = False,
+    shown: tuple[Tensor, Tensor] | None = None,
 ) -> TwoStreams:
     """Build the pass for noise draws over the batch's maskable tokens.
 
     ids [B, L], tokens its clean-stream map, corruption over `maskable(tokens, alignment)` in row order. Several draws
     share one clean stream, [noisy ; noisy ; ... ; clean], and the loss is their mean. `with_ar` adds the AR term: the
-    clean stream predicts every scored token that the bound does not already read there.
+    clean stream predicts every scored token that the bound does not already read there. `shown` [B, L] are the ids that
+    the noisy (before masking) and the clean stream show, where an ablation has them differ from the targets `ids`.
     """
+    noisy_ids, clean_ids = (ids, ids) if shown is None else shown
     if alignment.shift and bool((tokens.scored & (tokens.position == 0)).any()):
         raise ValueError("a document's first token cannot be scored under shift: give every document a prompt token")
     can = maskable(tokens, alignment)
@@ -179,11 +182,11 @@ def two_streams(
         weight = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
         weight[can] = _weights(draw, weighting) / len(draws)
         hidden.append((masked, weight))
-        parts_ids.append(ids.gather(1, source).masked_fill(masked.gather(1, source) & denoised, mask_id))
+        parts_ids.append(noisy_ids.gather(1, source).masked_fill(masked.gather(1, source) & denoised, mask_id))
         # a block number of its own for each draw, so that draws do not see one another
         parts_map.append(replace(noisy, block=noisy.block + number * (ids.shape[1] + 1)))
     return TwoStreams(
-        ids=torch.cat([*parts_ids, ids], 1),
+        ids=torch.cat([*parts_ids, clean_ids], 1),
         tokens=TokenMap.cat(*parts_map, tokens),
         reads=_reads(ids, tokens, hidden, source, noisy, alignment, with_ar),
     )

@@ -12,10 +12,12 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from blockdiff.ablations import noisy_prefix, visible_suffix, with_suffix
 from blockdiff.curriculum import Growth
 from blockdiff.distributions import LayoutDistribution
 from blockdiff.layout import Spans, TokenMap
 from blockdiff.masking import Corruption, complement
+from blockdiff.masks import Annealing
 from blockdiff.noise import Noise
 from blockdiff.objectives import (
     Alignment,
@@ -39,6 +41,9 @@ class Objective:
 
     draws: noise draws that share one clean pass; complementary: two of them, of which the second masks what the first
     leaves. active: every block of a document in one pass, or one random block (`objectives.one_active`).
+    bidirectional: share of a block's later tokens that a noisy token sees (`masks.Annealing`; None: all of them).
+    prefix_noise: share of the answers' tokens that the clean stream shows masked; suffix_visible: the active block sees
+    what follows it, this share of it unmasked (None: it sees nothing). Both are `ablations`.
     """
 
     layout: LayoutDistribution
@@ -48,10 +53,14 @@ class Objective:
     draws: int = 1
     complementary: bool = False
     active: Active = "all"
+    bidirectional: float | None = None
+    prefix_noise: float = 0.0
+    suffix_visible: float | None = None
 
     def is_bound(self, alignment: Alignment) -> bool:
         """Whether the blocks' loss is, in expectation, a bound on the negative log-likelihood."""
-        return self.weighting == "nelbo" and self.noise.is_bound and alignment.is_bound
+        ablated = self.bidirectional is not None or self.prefix_noise > 0 or self.suffix_visible is not None
+        return self.weighting == "nelbo" and self.noise.is_bound and alignment.is_bound and not ablated
 
     def terms(
         self,
@@ -71,14 +80,30 @@ class Objective:
         tokens = TokenMap.build(doc, prompt, spans.place(self.layout.draw(spans.lengths, generator)))
         documents = int(doc.max()) + 1
         denoised, blocks = tokens, torch.ones((), device=doc.device)
+        noisy_ids, clean_ids, annealing = ids, ids, None
         if self.active == "one":
             denoised, blocks = one_active(tokens, torch.rand(documents, generator=generator))
+        if self.suffix_visible is not None:
+            denoised, suffix = with_suffix(tokens, denoised)
+            noisy_ids = visible_suffix(ids, suffix, self.suffix_visible, mask_id, generator)
+        if self.prefix_noise > 0:
+            clean_ids = noisy_prefix(ids, tokens, self.prefix_noise, mask_id, generator)
+        if self.bidirectional is not None:
+            annealing = Annealing(self.bidirectional, int(torch.randint(2**31, (1,), generator=generator)))
         block = block_numbers(denoised, maskable(denoised, alignment))
         draws = self._noise(block, generator)
         stream = two_streams(
-            ids, denoised, draws, alignment, mask_id, weighting=self.weighting, with_ar=self.ar_weight > 0
+            ids,
+            denoised,
+            draws,
+            alignment,
+            mask_id,
+            weighting=self.weighting,
+            with_ar=self.ar_weight > 0,
+            shown=(noisy_ids, clean_ids),
         )
-        losses = token_losses(model(stream.ids, stream.tokens, read=stream.reads.index), stream.reads)
+        logits = model(stream.ids, stream.tokens, read=stream.reads.index, annealing=annealing)
+        losses = token_losses(logits, stream.reads)
         if observe is not None:
             at = 0
             for draw in draws:
@@ -105,7 +130,8 @@ class Schedule:
     def at(self, objective: Objective, progress: float, u: float) -> Objective:
         """The objective at `progress` in [0, 1]; u in (0, 1) for what is drawn at each step."""
         if self.growth is not None:
-            objective = replace(objective, layout=self.growth.layout(objective.layout, progress, u))
+            layout, bidirectional = self.growth.layout(objective.layout, progress, u), self.growth.annealing(progress)
+            objective = replace(objective, layout=layout, bidirectional=bidirectional)
         if self.ar_weight_end is not None:
             weight = objective.ar_weight + (self.ar_weight_end - objective.ar_weight) * progress
             objective = replace(objective, ar_weight=weight)

@@ -1,4 +1,4 @@
-"""The few statistics that results need: spreads, paired t tests, intervals of proportions. Standard library only.
+"""The few statistics that results need: spreads, paired t tests, rank correlations, intervals of proportions. Standard library only.
 
 A number that cannot be known is None, never 0: there is no spread of a single value, and no t value where there is no
 spread.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean, stdev
+from statistics import StatisticsError, correlation, fmean, stdev
 from typing import Any
 
 
@@ -44,6 +44,19 @@ def paired(differences: Sequence[float]) -> Paired:
         return Paired(mean, n, se, ci=(mean, mean))
     t = mean / se
     return Paired(mean, n, se, t, 2 * t_cdf(-abs(t), n - 1), (mean - half, mean + half))
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Spearman's rank correlation, equal values sharing their mean rank; None from fewer than three, or no spread."""
+    if len(a) != len(b):
+        raise ValueError(f"rank correlation of {len(a)} and {len(b)} values: give pairs")
+    if len(a) < 3:
+        return None
+    ranks = [[sum(x < y for x in values) + sum(x == y for x in values) / 2 for y in values] for values in (a, b)]
+    try:
+        return correlation(*ranks)
+    except StatisticsError:
+        return None
 
 
 def t_cdf(t: float, df: float) -> float:

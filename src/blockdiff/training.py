@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -17,6 +18,7 @@ from typing import ClassVar
 import torch
 import yaml
 from accelerate import PartialState
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Generator
 from transformers import TrainerCallback, TrainingArguments
@@ -81,9 +83,12 @@ class RunDirectory:
     def difference(self, config: RunConfig) -> str | None:
         """The first key, dotted, whose value here differs from `config`'s; None where none does.
 
-        Where the run lies (`output`) is no difference: a run may have been moved.
+        Where the run lies (`output`) is no difference: a run may have been moved. Keys that an older version did not
+        know had their defaults.
         """
         saved, now = yaml.safe_load(self.config.read_text()), yaml.safe_load(config.dump())
+        with suppress(ValidationError):  # a file that is no configuration any more differs as it stands
+            saved = yaml.safe_load(RunConfig.model_validate(saved).dump())
         return _difference({**saved, "output": ""}, {**now, "output": ""}, "")
 
     def clear(self) -> None:

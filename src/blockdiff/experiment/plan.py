@@ -5,27 +5,66 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from blockdiff.config import ConfigError, RunConfig, apply_change, make_config, nearest, put, read_tree, sentence
+from blockdiff.decode import Policy
+from blockdiff.experiment.claims import Claim
 from blockdiff.training import RunDirectory
 
 
-class Evaluate(BaseModel):
-    """The bounds that every run is measured by, on the first documents of its validation data.
+class _Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Decode(_Group):
+    """One way of decoding."""
+
+    block_size: int = Field(ge=1)
+    policy: Policy = Policy()
+    temperature: float = Field(0.0, ge=0)
+    lossless: bool = Field(False, description="verify every block against the AR stream")
+
+
+class Generation(_Group):
+    """Texts that every run writes: answers scored by exact match, or free texts scored by a judge."""
+
+    decodes: dict[str, Decode] = Field(min_length=1)
+    questions: str | None = Field(None, description="file of prompts and answers; none: texts without a prompt")
+    judge: str | None = Field(None, description="AR model that scores the texts; needed where nothing else does")
+    count: int = Field(100, ge=2, description="texts of each decode")
+    max_new_tokens: int = Field(128, ge=1)
+
+    @model_validator(mode="after")
+    def _scored(self) -> Generation:
+        if self.questions is None and self.judge is None:
+            raise ValueError("generation needs questions with answers, or a judge")
+        return self
+
+
+class Variance(_Group):
+    """Variance of the run's own training gradient at its final weights."""
+
+    draws: int = Field(16, ge=2)
+    vary: Literal["noise", "both"] = "noise"
+
+
+class Evaluate(_Group):
+    """What every run is measured by, on the first documents of its validation data.
 
     All runs share the seed, so they meet the same noise and their differences are not blurred by it.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     block_sizes: list[int] = Field(min_length=1)
     offsets: list[int] = Field([0], min_length=1)
+    left_bias: list[float] = Field([0.0], min_length=1, description="of the reveal order whose bound is measured")
     draws: int = Field(4, ge=1)
     documents: int | None = Field(None, ge=1, description="none: all of them")
     seed: int = 0
+    variance: Variance | None = None
+    generation: Generation | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> Evaluate:
@@ -36,10 +75,8 @@ class Evaluate(BaseModel):
         return self
 
 
-class Experiment(BaseModel):
+class Experiment(_Group):
     """A whole experiment: one configuration, the changes each setting makes to it, and the seeds."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(min_length=1)
     about: str = Field(min_length=1, description="one sentence: what is compared, and why")
@@ -49,6 +86,10 @@ class Experiment(BaseModel):
     seeds: list[int] = Field([0, 1, 2], min_length=1)
     evaluate: Evaluate
     compare: list[tuple[str, str]] = []
+    correlate: dict[str, list[str]] = Field(
+        {}, description="groups of settings among which gradient noise and final bound are correlated"
+    )
+    claims: list[Claim] = []
 
     @field_validator("settings", mode="before")
     @classmethod
@@ -63,9 +104,12 @@ class Experiment(BaseModel):
         for label in self.settings:
             if "/" in label or label in (".", "..") or not label:
                 raise ValueError(f"setting {label!r} names a directory: use a label without /")
-        for label in (label for pair in self.compare for label in pair):
+        named = [("compare", label) for pair in self.compare for label in pair]
+        named += [("correlate", label) for group in self.correlate.values() for label in group]
+        named += [("claims", label) for claim in self.claims for label in claim.settings]
+        for key, label in named:
             if label not in self.settings:
-                raise ValueError(f"compare names {label!r}, which is no setting; {nearest(label, self.settings)}")
+                raise ValueError(f"{key} names {label!r}, which is no setting; {nearest(label, self.settings)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds} has one twice, and the same run twice is no second run")
         return self

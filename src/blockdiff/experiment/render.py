@@ -10,45 +10,68 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 Summary = dict[str, Any]
+Lines = tuple[list[str], list[list[str]]]
+_TITLES = {
+    "bound": "Bound, nats per token",
+    "worst_offset": "Bound at the worst measured offset minus the bound on the grid, nats per token",
+    "monotone_share": "Share of neighbouring block sizes of which the larger has no smaller bound",
+    "gradient_noise": "Variance of the training gradient over the squared norm of its mean",
+    "exact_match": "Share of right answers",
+    "tokens_per_forward": "Tokens per forward, commits counted",
+    "judge_nll": "Nats per token of the texts under the judge",
+    "judged_entropy": "Entropy of the texts' tokens, nats",
+    "tokens": "Tokens of a text",
+    "unended": "Share of texts that ran into the limit",
+    "acceptance": "Tokens a verification, of drafts that the AR model must agree with",
+}
+_ONLY_IN_JSON = ("gradient_variance",)
 
 
-def markdown(summary: Summary) -> str:
+def markdown(summary: Summary, *, heading: str = "###") -> str:
     """The experiment as a Markdown section, for summary.md and for the docs."""
-    return "\n".join(
-        [
-            f"### {summary['name']}",
-            "",
-            summary["about"],
-            "",
-            *_markdown_table(*_bounds(summary)),
-            "",
-            _words(summary),
-            *(["", *_markdown_table(*_comparisons(summary)), "", _test_words()] if summary["compare"] else []),
-            *[f"\nNot counted: {run['setting']}, seed {run['seed']}: {run['why']}." for run in summary["missing"]],
-            "",
-        ]
-    )
+    parts = [f"{heading} {summary['name']}", summary["about"]]
+    if summary["claims"]:
+        parts.append("\n".join(_markdown_table(*_claims(summary))))
+    for measure in _measures(summary):
+        parts += [f"**{_title(measure)}**", "\n".join(_markdown_table(*_values(summary, measure)))]
+        if measure == "bound":
+            parts.append(_words(summary))
+    if summary["compare"]:
+        for measure in _measures(summary):
+            header, lines = _comparisons(summary, measure)
+            if lines:
+                parts += [f"**Differences: {_title(measure)}**", "\n".join(_markdown_table(header, lines))]
+        parts.append(_test_words())
+    parts += [_correlation(found) for found in summary.get("correlations", [])]
+    parts += [f"Not counted: {run['setting']}, seed {run['seed']}: {run['why']}." for run in summary["missing"]]
+    return "\n\n".join(parts) + "\n"
 
 
 def tables(summary: Summary) -> list[Table]:
     """The same numbers for the terminal."""
-    found = [_rich_table(*_bounds(summary))]
-    return [*found, _rich_table(*_comparisons(summary))] if summary["compare"] else found
+    found = [_rich_table(_title(measure), *_values(summary, measure)) for measure in _measures(summary)]
+    for measure in _measures(summary):
+        header, lines = _comparisons(summary, measure)
+        if lines:
+            found.append(_rich_table(f"Differences: {_title(measure)}", header, lines))
+    return [*found, _rich_table("Claims", *_claims(summary))] if summary["claims"] else found
 
 
 def plot(summary: Summary, file: Path) -> None:
-    """Nats per token against block size, a line for each setting (offset 0), bars of one standard deviation."""
+    """Nats per token against block size, a line for each setting (on the grid), bars of one standard deviation."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    sizes = sorted({row["block_size"] for row in summary["rows"]})
-    for setting in summary["settings"]:
-        rows = [row for row in summary["rows"] if row["setting"] == setting and row["offset"] == 0]
-        rows.sort(key=lambda row: row["block_size"])
+    bounds = [row for row in summary["rows"] if row["measure"] == "bound" and not row["place"]["offset"]]
+    bounds = [row for row in bounds if not row["place"]["left_bias"]]
+    sizes = sorted({row["place"]["block_size"] for row in bounds})
+    for number, setting in enumerate(summary["settings"]):
+        rows = sorted((row for row in bounds if row["setting"] == setting), key=lambda row: row["place"]["block_size"])
         axes.errorbar(
-            [row["block_size"] for row in rows],
-            [row["nats_per_token"] for row in rows],
+            [row["place"]["block_size"] for row in rows],
+            [row["value"] for row in rows],
             yerr=[row["sd"] or 0.0 for row in rows],  # no bar where one seed leaves the spread unknown
-            marker="o",
+            marker="osD^v"[number // 10 % 5],
+            markersize=4,
             capsize=3,
             label=setting,
         )
@@ -56,50 +79,102 @@ def plot(summary: Summary, file: Path) -> None:
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.set(xlabel="block size", ylabel="nats per token (upper bound)", title=summary["name"])
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize="small")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, format="png", dpi=120)
 
 
-def _bounds(summary: Summary) -> tuple[list[str], list[list[str]]]:
-    """A line for each block size and offset, a column for each setting."""
-    by_place = {(row["block_size"], row["offset"], row["setting"]): row for row in summary["rows"]}
-    places = sorted({place[:2] for place in by_place})
-    shown = [setting for setting in summary["settings"] if any(row["setting"] == setting for row in summary["rows"])]
-    lines = [[_place(*place), *(_cell(by_place.get((*place, setting))) for setting in shown)] for place in places]
-    return ["block size", *shown], lines
+def _measures(summary: Summary) -> list[str]:
+    """The measures that are shown, as the runs list them."""
+    return [name for name in dict.fromkeys(row["measure"] for row in summary["rows"]) if name not in _ONLY_IN_JSON]
 
 
-def _comparisons(summary: Summary) -> tuple[list[str], list[list[str]]]:
-    header = ["difference", "block size", "nats per token", "95 % interval", "t", "p", "seeds"]
+def _title(measure: str) -> str:
+    return _TITLES.get(measure, measure.replace("_", " ").capitalize())
+
+
+def _shown(row: dict[str, Any]) -> bool:
+    """Bounds off the grid are summed up by the worst of them, gradient noise by that of all parameters."""
+    if row["measure"] == "bound":
+        return not row["place"]["offset"]
+    return row["measure"] != "gradient_noise" or row["place"]["group"] == "all"
+
+
+def _values(summary: Summary, measure: str) -> Lines:
+    """A line for each setting, a column for each place."""
+    rows = [row for row in summary["rows"] if row["measure"] == measure and _shown(row)]
+    places = list(dict.fromkeys(_key(row["place"]) for row in rows))
+    by_place = {(row["setting"], _key(row["place"])): row for row in rows}
     lines = [
-        [
-            f"{test['setting']} − {test['baseline']}",
-            _place(test["block_size"], test["offset"]),
-            f"{test['mean']:+.4f}" + ("" if test["se"] is None else f" ± {test['se']:.4f}"),
-            "" if test["ci"] is None else "{:+.4f} to {:+.4f}".format(*test["ci"]),
-            "" if test["t"] is None else f"{test['t']:.2f}",
-            "" if test["p"] is None else f"{test['p']:.2g}",
-            str(test["n"]),
-        ]
-        for test in summary["compare"]
+        [setting, *(_cell(by_place.get((setting, place))) for place in places)]
+        for setting in summary["settings"]
+        if any(row["setting"] == setting for row in rows)
     ]
-    return header, lines
+    return ["", *map(_place, places)], lines
 
 
-def _place(size: int, offset: int) -> str:
-    return f"{size}" + (f", offset {offset}" if offset else "")
+def _comparisons(summary: Summary, measure: str) -> Lines:
+    """A line for each pair, a column for each place: mean difference and its 95 % interval."""
+    tests = [test for test in summary["compare"] if test["measure"] == measure and _shown(test)]
+    places = list(dict.fromkeys(_key(test["place"]) for test in tests))
+    by_place = {(test["setting"], test["baseline"], _key(test["place"])): test for test in tests}
+    pairs = dict.fromkeys((test["setting"], test["baseline"]) for test in tests)
+    lines = [
+        [f"{setting} − {baseline}", *(_difference(by_place.get((setting, baseline, place))) for place in places)]
+        for setting, baseline in pairs
+    ]
+    return ["", *map(_place, places)], lines
+
+
+def _claims(summary: Summary) -> Lines:
+    lines = []
+    for claim in summary["claims"]:
+        what = claim["setting"] if claim["baseline"] is None else f"{claim['setting']} − {claim['baseline']}"
+        side = f"below {claim['below']:g}" if claim["below"] is not None else f"above {claim['above']:g}"
+        found = "; ".join(
+            (f"{_place(_key(verdict['at']))}: " if verdict["at"] else "") + _interval(verdict)
+            for verdict in claim["verdicts"]
+        )
+        lines.append(
+            [claim["says"], claim["source"], f"**{claim['outcome']}**", f"{claim['measure']} {what} {side}: {found}"]
+        )
+    return ["claim", "source", "found", "numbers"], lines
+
+
+def _key(place: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(place.items())
+
+
+def _place(place: tuple[tuple[str, Any], ...]) -> str:
+    words = {"block_size": "b = {}", "left_bias": "β = {:g}", "offset": "offset {}"}
+    named = [words.get(name, "{}").format(value) for name, value in place if value or name == "block_size"]
+    return ", ".join(named) or "all"
 
 
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
-    return f"{row['nats_per_token']:.4f}" + ("" if row["sd"] is None else f" ± {row['sd']:.4f}")
+    return f"{row['value']:.4f}" + ("" if row["sd"] is None else f" ± {row['sd']:.4f}")
+
+
+def _difference(test: dict[str, Any] | None) -> str:
+    return "" if test is None else _interval(test)
+
+
+def _interval(test: dict[str, Any]) -> str:
+    return f"{test['mean']:+.4f}" + ("" if test["ci"] is None else " ({:+.4f} to {:+.4f})".format(*test["ci"]))
+
+
+def _correlation(found: dict[str, Any]) -> str:
+    return (
+        f"Rank correlation of gradient noise with the bound at {_place(_key(found['place']))}, over the "
+        f"{found['n']} settings of {found['group']}: {found['spearman']:+.2f}."
+    )
 
 
 def _words(summary: Summary) -> str:
-    """What the numbers are, and the errors that the table does not hold."""
-    rows = summary["rows"]
+    """What the bounds are, and the errors that the table does not hold."""
+    rows = [row for row in summary["rows"] if row["measure"] == "bound"]
     seeds = sorted({row["n"] for row in rows})
     spread = "± is the standard deviation over seeds. " if max(seeds) > 1 else "One seed, so its spread is unknown. "
     within = ""
@@ -109,17 +184,14 @@ def _words(summary: Summary) -> str:
         within = f"Within a run the standard error is {_range(known)} (clustered by document)"
         within += f", of it {_range(noise)} from the noise draws. " if noise else ". "
     return (
-        f"Bounds in nats per token on {rows[0]['tokens']:,} tokens of {rows[0]['documents']} documents, "
+        f"{rows[0]['counts']['tokens']:,} tokens of {rows[0]['counts']['documents']} documents, "
         f"{' or '.join(map(str, seeds))} seeds. {spread}{within}All runs share documents and noise, "
         "so these errors are mostly common to them."
     )
 
 
 def _test_words() -> str:
-    return (
-        "Differences are paired by seed (± standard error, Student's t, two-sided p); "
-        "p is not corrected for the number of lines."
-    )
+    return "Differences are paired by seed, with Student's 95 % interval, not corrected for their number."
 
 
 def _range(values: list[float]) -> str:
@@ -131,10 +203,10 @@ def _markdown_table(header: list[str], lines: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines)]
 
 
-def _rich_table(header: list[str], lines: list[list[str]]) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in header:
-        table.add_column(name, justify="right", overflow="fold")
+def _rich_table(title: str, header: list[str], lines: list[list[str]]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*(cell.replace("**", "") for cell in line))
     return table

@@ -7,7 +7,6 @@ and several processes may share one (`--only`).
 from __future__ import annotations
 
 import json
-import math
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,14 +16,13 @@ from typing import Any
 
 import yaml
 
-from blockdiff.api import documents_of, load
 from blockdiff.config import ConfigError, nearest
-from blockdiff.evaluate import bound
+from blockdiff.experiment.measures import measure
 from blockdiff.experiment.plan import Evaluate, Experiment, Run
 from blockdiff.files import write_json, write_text
 from blockdiff.runtime import record
 from blockdiff.trainer import last_checkpoint
-from blockdiff.training import measurable, train
+from blockdiff.training import train
 
 RESULT = "experiment"
 Say = Callable[[str], None]
@@ -77,6 +75,8 @@ def measured(run: Run, evaluate: Evaluate) -> dict[str, Any] | None:
     if not file.exists() or difference(run):
         return None
     result: dict[str, Any] = json.loads(file.read_text())
+    if any("measure" not in row for row in result["rows"]):  # an older version's
+        return None
     return result if result["evaluate"] == evaluate.model_dump(mode="json") else None
 
 
@@ -95,34 +95,16 @@ def _finish(run: Run, evaluate: Evaluate, title: str, say: Say) -> None:
 
 
 def _measure(run: Run, evaluate: Evaluate) -> None:
-    """Bounds on the validation data, written to results/experiment.json of the run."""
-    model = load(run.directory.checkpoint)
-    assert run.config.data.valid is not None
-    paths = [run.config.data.valid] if isinstance(run.config.data.valid, str) else run.config.data.valid
-    documents = [document for path in paths for document in documents_of(model, path, run.config.data.bad_rows)]
-    sizes = measurable(model, evaluate.block_sizes)
-    offsets = [offset for offset in evaluate.offsets if offset == 0 or offset < max(sizes, default=0)]
-    rows = []
-    if sizes:  # a plain AR model of an experiment without block size 1 has nothing to measure
-        rows = bound(
-            model,
-            documents[: evaluate.documents],
-            sizes,
-            offsets=offsets,
-            draws=evaluate.draws,
-            seed=evaluate.seed,
-        )
-    for row in rows:
-        if not math.isfinite(row.nats_per_token):
-            raise ValueError(f"the bound at block size {row.block_size} is {row.nats_per_token}: the training diverged")
+    """The run's measures, written to results/experiment.json of it."""
+    numbers, parameters = measure(run, evaluate)
     contents = record(
         "experiment",
         run.seed,
         setting=run.setting,
         evaluate=evaluate.model_dump(mode="json"),
         steps=yaml.safe_load((run.directory.path / "plan.yaml").read_text())["steps"],
-        parameters=model.backbone.num_parameters(),
-        rows=[row.to_json() for row in rows],
+        parameters=parameters,
+        rows=[number.to_json() for number in numbers],
     )
     write_json(run.directory.result(RESULT), contents)
 

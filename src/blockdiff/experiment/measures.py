@@ -1,0 +1,164 @@
+"""What a finished run is measured by: bounds, the noise of its gradient, and the texts that it writes.
+
+Every measure is a list of numbers with a name and a place (block size and offset of a bound, the decode of a text), so
+that a summary can treat them all alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from blockdiff.api import documents_of, load
+from blockdiff.building import encoder_of, objective_of, training_rows
+from blockdiff.data import Document, Encoder
+from blockdiff.decode import Sampling
+from blockdiff.engine import Output, Request
+from blockdiff.evaluate import GenerationRow, answer_questions, bound, document_nll, gradient_variance, read_questions
+from blockdiff.evaluate.generation import Question
+from blockdiff.experiment.plan import Decode, Evaluate, Generation, Run, Variance
+from blockdiff.model import BlockDiffusionModel
+from blockdiff.training import measurable
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One number of a run. se, se_mc: its standard error and the part of it from random draws (None: unknown);
+    counts: what it was computed from."""
+
+    measure: str
+    place: dict[str, Any]
+    value: float
+    se: float | None = None
+    se_mc: float | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(run: Run, evaluate: Evaluate) -> tuple[list[Measured], int]:
+    """All measures of a trained run, and the number of parameters of its model."""
+    model = load(run.directory.checkpoint)
+    found = _bounds(model, _documents(run, model), evaluate)
+    if evaluate.variance is not None and model.spec.is_diffusion:
+        found += _gradient_noise(model, run, evaluate.variance, evaluate.seed)
+    if evaluate.generation is not None:
+        found += _texts(model, evaluate.generation, evaluate.seed)
+    for number in found:
+        if not math.isfinite(number.value):
+            raise ValueError(f"{number.measure} at {number.place} is {number.value}: the training diverged")
+    return found, model.backbone.num_parameters()
+
+
+def _documents(run: Run, model: BlockDiffusionModel) -> list[Document]:
+    assert run.config.data.valid is not None
+    paths = [run.config.data.valid] if isinstance(run.config.data.valid, str) else run.config.data.valid
+    return [document for path in paths for document in documents_of(model, path, run.config.data.bad_rows)]
+
+
+def _bounds(model: BlockDiffusionModel, documents: Sequence[Document], evaluate: Evaluate) -> list[Measured]:
+    sizes = measurable(model, evaluate.block_sizes)
+    if not sizes:  # a plain AR model of an experiment without block size 1 has nothing to measure
+        return []
+    offsets = [offset for offset in evaluate.offsets if offset == 0 or offset < max(sizes)]
+    return [
+        Measured(
+            "bound",
+            {"block_size": row.block_size, "offset": row.offset, "left_bias": row.left_bias},
+            row.nats_per_token,
+            row.se,
+            row.se_mc,
+            {"tokens": row.tokens, "documents": row.documents, "draws": row.draws},
+        )
+        for left_bias in evaluate.left_bias
+        for row in bound(
+            model,
+            documents[: evaluate.documents],
+            sizes,
+            offsets=offsets,
+            draws=evaluate.draws,
+            left_bias=left_bias,
+            seed=evaluate.seed,
+        )
+    ]
+
+
+def _gradient_noise(model: BlockDiffusionModel, run: Run, settings: Variance, seed: int) -> list[Measured]:
+    """Variance of the training gradient over the squared norm of its mean (`evaluate.variance`)."""
+    _, rows = training_rows(run.config, encoder_of(model))
+    found = gradient_variance(
+        model,
+        rows.rows,
+        objective_of(run.config),
+        rows_per_batch=run.config.train.rows,
+        draws=settings.draws,
+        vary=settings.vary,
+        seed=seed,
+    )
+    return [
+        Measured(name, {"group": row.group}, value, counts={"draws": row.draws})
+        for row in found
+        for name, value in (("gradient_noise", row.ratio), ("gradient_variance", row.variance))
+        if value is not None
+    ]
+
+
+def _texts(model: BlockDiffusionModel, settings: Generation, seed: int) -> list[Measured]:
+    if settings.questions is None:
+        questions = [Question("", "0")] * settings.count
+    else:
+        questions = read_questions([Path(settings.questions)])[: settings.count]
+    judge = None if settings.judge is None else load(settings.judge)
+    found = []
+    for label, decode in settings.decodes.items():
+        if decode.block_size > 1 and not model.spec.is_diffusion:
+            continue
+        row, outputs = answer_questions(model, questions, _form(decode, settings, seed), batch=256)
+        numbers = _scores(row, answered=settings.questions is not None)
+        if judge is not None:
+            numbers |= _judged(judge, questions, outputs)
+        found += [
+            Measured(name, {"decode": label}, value, counts={"texts": len(questions)})
+            for name, value in numbers.items()
+        ]
+    return found
+
+
+def _form(decode: Decode, settings: Generation, seed: int) -> Request:
+    return Request(
+        prompt=(0,),
+        max_new_tokens=settings.max_new_tokens,
+        block_size=decode.block_size,
+        policy=decode.policy,
+        sampling=Sampling(decode.temperature),
+        seed=seed,
+    )
+
+
+def _scores(row: GenerationRow, *, answered: bool) -> dict[str, float]:
+    speed = {"tokens_per_forward": row.tokens_per_forward, "tokens": row.mean_tokens, "unended": row.unended / row.n}
+    return ({"exact_match": row.exact_match} if answered else {}) | speed
+
+
+def _judged(judge: BlockDiffusionModel, questions: Sequence[Question], outputs: Sequence[Output]) -> dict[str, float]:
+    """Nats per token of the texts under the judge, and the entropy of their own tokens in nats (a judge alone is
+    pleased by a text that repeats itself)."""
+    assert judge.tokenizer is not None
+    encoder = Encoder(judge.tokenizer, end_id=None)  # a text that ran into its limit has no end to be judged
+    pairs = zip(questions, outputs, strict=True)
+    texts = [
+        encoder.completion(question.prompt, output.text, f"text {number}")
+        for number, (question, output) in enumerate(pairs)
+        if output.text.strip()
+    ]
+    if not texts:
+        return {}
+    tokens = Counter(token for text in texts for token in text.ids[~text.prompt].tolist())
+    total = sum(tokens.values())
+    entropy = -sum(count / total * math.log(count / total) for count in tokens.values())
+    return {"judge_nll": sum(document_nll(judge, texts)) / total, "judged_entropy": entropy}
