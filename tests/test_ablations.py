@@ -1,4 +1,4 @@
-"""Training states that decoding never visits, on purpose: noisy prefixes, suffixes that are seen, annealed attention."""
+"""Training states that decoding never visits, on purpose: noisy prefixes, visible suffixes, annealed attention."""
 
 from __future__ import annotations
 
@@ -96,8 +96,10 @@ def test_annealed_attention_reaches_the_rule_and_begins_causal():
     half = visible(query, key, "context_causal", annealing=Annealing(0.5, 0))
     assert torch.equal(visible(query, key, "context_causal", annealing=Annealing(1.0, 0)), rule)
     assert torch.equal(causal, rule & (key.position <= query.position))
-    assert bool((causal <= half).all()) and bool((half <= rule).all())
-    assert not torch.equal(half, rule) and not torch.equal(half, causal)
+    assert bool((causal <= half).all())
+    assert bool((half <= rule).all())
+    assert not torch.equal(half, rule)
+    assert not torch.equal(half, causal)
     assert not torch.equal(half, visible(query, key, "context_causal", annealing=Annealing(0.5, 1)))
 
 

@@ -258,6 +258,7 @@ def make_report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> 
 
 app.add_typer(cli_data.data, name="data")
 app.command()(cli_experiment.experiment)
+app.command()(cli_experiment.results)
 app.command()(cli_data.sample)
 evaluations.command("generation")(cli_data.eval_generation)
 evaluations.command("variance")(cli_experiment.eval_variance)

@@ -44,6 +44,7 @@ def experiment(
         )
     summary = summarise(plan, runs, failed)
     if summary is not None:
+        summary |= {"file": file.as_posix(), "changes": changes or []}
         folder = Path(plan.output)
         write_json(folder / "summary.json", summary)
         write_text(folder / "summary.md", render.markdown(summary))
@@ -61,6 +62,18 @@ def experiment(
         err.print(f"failed: {name}: {problem}", style="red")
     if failed:
         raise typer.Exit(1)
+
+
+def results(
+    directory: Annotated[Path, typer.Argument(help="Summaries of experiments (JSON), and words about them (.md).")],
+    page: Annotated[Path, typer.Option("--out", help="Markdown file to write.")],
+) -> None:
+    """Write the page of results: every claim with its verdict, every table and plot, from saved summaries alone."""
+    from blockdiff.experiment import write_page
+
+    for name in write_page(directory, page):
+        out.print(f"experiment: {name}")
+    out.print(f"page: {page}")
 
 
 def eval_variance(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -293,12 +293,21 @@ def _keys_beside(place: list[str], root: type[BaseModel]) -> list[str]:
     group: Any = root
     for part in place[:-1]:
         if isinstance(group, type) and issubclass(group, BaseModel) and part in group.model_fields:
-            group = group.model_fields[part].annotation
+            group = _group_in(group.model_fields[part].annotation)
         else:
             group = _TAGGED.get(part, group)
     if isinstance(group, type) and issubclass(group, BaseModel):
         return list(group.model_fields)
     return list(getattr(group, "__dataclass_fields__", {}))
+
+
+def _group_in(annotation: Any) -> Any:
+    """The group of keys that an annotation holds, in a list, a mapping or beside None."""
+    for inside in get_args(annotation):
+        found = _group_in(inside)
+        if isinstance(found, type) and issubclass(found, BaseModel):
+            return found
+    return annotation
 
 
 def nearest(word: str, known: Any) -> str:

@@ -1,7 +1,7 @@
-"""The few statistics that results need: spreads, paired t tests, rank correlations, intervals of proportions. Standard library only.
+"""The few statistics that results need: spreads, paired t tests, rank correlations, intervals of proportions.
 
-A number that cannot be known is None, never 0: there is no spread of a single value, and no t value where there is no
-spread.
+Standard library only. A number that cannot be known is None, never 0: there is no spread of a single value, and no t
+value where there is no spread.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Train a tokenizer: byte-level BPE over words and single digits, so that any text encodes and decodes back to itself."""
+"""Train a tokenizer: byte-level BPE over words and single digits: any text encodes, and decodes back to itself."""
 
 from __future__ import annotations
 

@@ -27,11 +27,20 @@ _TITLES = {
 _ONLY_IN_JSON = ("gradient_variance",)
 
 
-def markdown(summary: Summary, *, heading: str = "###") -> str:
-    """The experiment as a Markdown section, for summary.md and for the docs."""
-    parts = [f"{heading} {summary['name']}", summary["about"]]
-    if summary["claims"]:
-        parts.append("\n".join(_markdown_table(*_claims(summary))))
+def markdown(summary: Summary) -> str:
+    """The experiment as a Markdown section: summary.md."""
+    parts = [f"### {summary['name']}", summary["about"], claims_table(summary), *details(summary)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def claims_table(summary: Summary) -> str:
+    """Its claims with their verdicts; empty where it makes none."""
+    return "\n".join(_markdown_table(*_claims(summary))) if summary["claims"] else ""
+
+
+def details(summary: Summary) -> list[str]:
+    """Its numbers: paragraphs and tables of Markdown."""
+    parts = []
     for measure in _measures(summary):
         parts += [f"**{_title(measure)}**", "\n".join(_markdown_table(*_values(summary, measure)))]
         if measure == "bound":
@@ -44,7 +53,7 @@ def markdown(summary: Summary, *, heading: str = "###") -> str:
         parts.append(_test_words())
     parts += [_correlation(found) for found in summary.get("correlations", [])]
     parts += [f"Not counted: {run['setting']}, seed {run['seed']}: {run['why']}." for run in summary["missing"]]
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
 def tables(summary: Summary) -> list[Table]:

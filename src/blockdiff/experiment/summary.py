@@ -7,6 +7,7 @@ documents and the noise are the same in every run, so differences between settin
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -92,7 +93,7 @@ def _derived(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if off:
             gap = max(off) - bounds[size, 0]["value"]
             found.append({"measure": "worst_offset", "place": {"block_size": size}, "value": gap})
-    steps = [(bounds[a, 0], bounds[b, 0]) for a, b in zip(sizes, sizes[1:], strict=False)]
+    steps = [(bounds[a, 0], bounds[b, 0]) for a, b in itertools.pairwise(sizes)]
     if steps:
         errors = [((a["se_mc"] or 0) ** 2 + (b["se_mc"] or 0) ** 2) ** 0.5 for a, b in steps]
         right = [b["value"] >= a["value"] - 2 * error for (a, b), error in zip(steps, errors, strict=True)]
