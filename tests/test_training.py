@@ -276,3 +276,24 @@ def test_validation_during_training_is_logged(tmp_path):
     found = [m for m in metrics(train(make_config(tree)).path) if "eval_bound_b4" in m]
     assert [m["step"] for m in found] == [5, 10]
     assert all(m["eval_bound_b4_se"] > 0 for m in found)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_mixed_precision_computes_in_bfloat16_and_keeps_the_weights(tmp_path, adapter):
+    """Losses a rounding away from float32's: not further, and not the same."""
+    changes = {}
+    if adapter:
+        base = train(make_config(tiny_config(tmp_path, output=str(tmp_path / "base"), train={"steps": 4})))
+        changes = {"model": {"init": str(base.checkpoint), "adapter": {"kind": "noisy"}}}
+
+    def losses(precision: str) -> list[float]:
+        tree = tiny_config(tmp_path, output=str(tmp_path / precision), train={"steps": 10, "mixed_precision": precision})
+        finished = train(make_config({**tree, **changes}))
+        tensors = load_file(finished.checkpoint / "model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+        lines = [json.loads(line) for line in finished.metrics.read_text().splitlines()]
+        return [line["bound"] for line in lines if "bound" in line]
+
+    full, mixed = losses("no"), losses("bf16")
+    assert mixed == pytest.approx(full, rel=0.01)
+    assert mixed != pytest.approx(full, rel=1e-6)

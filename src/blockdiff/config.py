@@ -50,7 +50,9 @@ class ModelConfig(_Group):
     prediction: Prediction = "shift"
     boundary: Boundary = "clean"
     attention: Implementation = "sdpa"
-    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    dtype: Literal["float32", "float64", "bfloat16"] = Field(
+        "float32", description="of the weights; bfloat16 weights lose small updates, see train.mixed_precision"
+    )
     adapter: Adapter | None = Field(None, description="train a low-rank adapter instead of all weights")
 
     @property
@@ -108,6 +110,7 @@ class TrainConfig(_Group):
     weight_decay: float = Field(0.0, ge=0)
     beta2: float = Field(0.99, gt=0, lt=1)
     clip: float = Field(1.0, gt=0, description="gradient norm")
+    mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16: compute in bfloat16, weights as they are")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
     log_every: int = Field(10, ge=1)
     save_every: int | None = Field(None, ge=1, description="steps between resumable checkpoints; none: only the end")

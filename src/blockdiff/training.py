@@ -324,7 +324,7 @@ def _arguments(config: RunConfig, run: RunDirectory, steps: int) -> TrainingArgu
         eval_steps=config.eval.every,
         seed=config.seed,
         data_seed=config.seed,
-        bf16=config.model.dtype == "bfloat16" and torch.cuda.is_available(),
+        bf16=settings.mixed_precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
