@@ -287,7 +287,9 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_the_weights(tmp_path, ad
         changes = {"model": {"init": str(base.checkpoint), "adapter": {"kind": "noisy"}}}
 
     def losses(precision: str) -> list[float]:
-        tree = tiny_config(tmp_path, output=str(tmp_path / precision), train={"steps": 10, "mixed_precision": precision})
+        tree = tiny_config(
+            tmp_path, output=str(tmp_path / precision), train={"steps": 10, "mixed_precision": precision}
+        )
         finished = train(make_config({**tree, **changes}))
         tensors = load_file(finished.checkpoint / "model.safetensors")
         assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}

@@ -35,12 +35,14 @@ class Model(BlockDiffusionModel):
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
         seed: int = 0,
         stop: Sequence[str] = (),
+        lossless: bool = False,
         on_text: OnText | None = None,
         on_step: OnStep | None = None,
     ) -> list[Output]:
         """Continue each prompt; prompt number i uses seed + i, and its text does not depend on the others.
 
-        block_size defaults to the checkpoint's own. `on_text(number, piece)` receives final text only. Raises
+        block_size defaults to the checkpoint's own; lossless keeps of every block what the AR model writes itself
+        (`Request`). `on_text(number, piece)` receives final text only. Raises
         ValueError for what the model cannot do.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -56,6 +58,7 @@ class Model(BlockDiffusionModel):
                     seed=seed + number,
                     stop=tuple(stop),
                     end_ids=self.end_ids,
+                    lossless=lossless,
                 )
                 for number, text in enumerate(texts)
             ],

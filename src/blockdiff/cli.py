@@ -16,6 +16,7 @@ from blockdiff.cli_options import (
     Changes,
     JsonFile,
     LeftBias,
+    Lossless,
     ModelPath,
     PerStep,
     PolicyName,
@@ -111,6 +112,7 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Draw from the k most likely tokens; 0: all.", max=2**31)] = 0,
     top_p: Annotated[float, typer.Option(help="Draw from the smallest set with this probability; 1: all.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End the text before this string; repeatable.")] = None,
+    lossless: Lossless = False,
     show_steps: Annotated[bool, typer.Option("--show-steps", help="Show each block as it fills.")] = False,
     strict_coverage: Annotated[
         bool, typer.Option("--strict-coverage", help="Refuse what training does not cover, instead of warning.")
@@ -137,6 +139,7 @@ def generate(
         sampling=sampling,
         seed=seed,
         stop=stop or [],
+        lossless=lossless,
         on_text=stream,
         on_step=show,
     )
@@ -147,7 +150,8 @@ def generate(
             out.print(f"[{number}] " * (not single) + prompt[number] + output.text)
         err.print(
             f"{len(output.tokens)} tokens, {output.forwards} forwards ({output.denoise_forwards} denoise, "
-            f"{output.commit_forwards} commit), {output.tokens_per_forward:.2f} tokens per forward with commits, "
+            f"{output.commit_forwards} commit, {output.verify_forwards} verify), "
+            f"{output.tokens_per_forward:.2f} tokens per forward with commits, "
             f"{output.seconds:.2f} s, ended by {output.finish_reason}",
             style="dim",
             highlight=False,

@@ -11,6 +11,7 @@ import typer
 from blockdiff.cli_options import (
     BlockSize,
     JsonFile,
+    Lossless,
     ModelPath,
     PerStep,
     PolicyName,
@@ -94,6 +95,7 @@ def eval_generation(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 256,
     limit: Annotated[int | None, typer.Option(help="Only the first so many questions.", min=1)] = None,
     batch: Annotated[int, typer.Option(help="Questions decoded at once.", min=1)] = 32,
+    lossless: Lossless = False,
     seed: Seed = 0,
     json_file: JsonFile = None,
 ) -> None:
@@ -115,6 +117,7 @@ def eval_generation(
         policy=chosen,
         sampling=Sampling(temperature),
         seed=seed,
+        lossless=lossless,
     )
     with Bar(console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("answering", total=1.0)

@@ -23,6 +23,9 @@ BlockSize = Annotated[int | None, typer.Option(help="Tokens denoised together; d
 PolicyName = Annotated[str, typer.Option("--policy", help="threshold, fixed_count or random_order.")]
 Threshold = Annotated[float | None, typer.Option(help="Fill every position at least this certain.")]
 LeftBias = Annotated[float | None, typer.Option(help="Left bias of a random order; 0: uniform.")]
+Lossless = Annotated[
+    bool, typer.Option("--lossless", help="Only draft so: keep what the AR model would write itself, to the token.")
+]
 PerStep = Annotated[int | None, typer.Option(help="Fill at least this many positions a step.", max=2**31)]
 
 

@@ -10,7 +10,7 @@ Shapes: B rows, T tokens of the pass, R rows of logits that are read, V vocabula
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,21 @@ class Past:
         self.cache.batch_select_indices(rows)
         if self.tokens is not None:
             self.tokens = self.tokens[rows]
+
+    def hide_last(self, hidden: Tensor) -> None:
+        """Take some of the last W tokens out of every document, so that nobody sees them: hidden bool [B, W].
+
+        What is hidden in all rows at the end is dropped.
+        """
+        assert self.tokens is not None
+        width = hidden.shape[1]
+        doc = self.tokens.doc.clone()
+        doc[:, -width:] = doc[:, -width:].masked_fill(hidden, -1)
+        self.tokens = replace(self.tokens, doc=doc)
+        dropped = int(hidden.all(0).long().flip(0).cumprod(0).sum())
+        if dropped:
+            self.cache.crop(-dropped)
+            self.tokens = self.tokens[:, :-dropped]
 
 
 class BlockDiffusionModel(nn.Module):

@@ -15,8 +15,9 @@ class Request:
     """One prompt to be continued.
 
     prompt token ids (at least one); block_size tokens denoised together; stop strings end the text before their first
-    occurrence; end_ids are tokens that end it; ignore_end keeps them as ordinary text. The output is a function of the
-    request and the model alone, never of the batch.
+    occurrence; end_ids are tokens that end it. lossless: what the policy fills is a draft, of which only the part that
+    the AR model would have written itself is kept (`engine.verify`). The output is a function of the request and the
+    model alone, never of the batch.
     """
 
     prompt: tuple[int, ...]
@@ -27,6 +28,7 @@ class Request:
     seed: int = 0
     stop: tuple[str, ...] = ()
     end_ids: tuple[int, ...] = ()
+    lossless: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -54,8 +56,9 @@ class Output:
     """What a request produced.
 
     tokens: generated ids, the end token included; steps: for each token the denoising step of its block that filled
-    it (0: known before denoising began, from the prefix alone). forwards counts denoise and commit passes over this
-    request's blocks while it was unfinished; the prefill of the prompt is not among them.
+    it (0: known before denoising began, from the prefix alone); blocks: tokens delivered of each block. forwards counts
+    denoise, commit and verify passes over this request's blocks while it was unfinished; the prefill of the prompt is
+    not among them.
     """
 
     text: str = ""
@@ -77,6 +80,11 @@ class Output:
         """Tokens per forward, commit forwards counted."""
         return len(self.tokens) / max(self.forwards, 1)
 
+    @property
+    def tokens_per_verify(self) -> float | None:
+        """Tokens that a verification lets through, the block's certain first one counted; None where none was made."""
+        return len(self.tokens) / self.verify_forwards if self.verify_forwards else None
+
     def to_json(self) -> dict[str, Any]:
         return {
             "text": self.text,
@@ -89,6 +97,7 @@ class Output:
             "commit_forwards": self.commit_forwards,
             "verify_forwards": self.verify_forwards,
             "tokens_per_forward": self.tokens_per_forward,
+            "tokens_per_verify": self.tokens_per_verify,
             "seconds": self.seconds,
         }
 

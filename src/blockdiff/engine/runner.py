@@ -4,6 +4,7 @@
     open      a block of masks (its first token already known where the model reads it from the prefix)
     denoise   a pass over the open blocks only; the policy fills positions; the cache is left as it was
     commit    a clean pass over the finished blocks writes their keys and values
+    verify    the same pass, for lossless requests, says first how much of the block stays (`engine.verify`)
 
 Rows move in step, each with its own block size, policy, sampling and seed. A slot that a row does not use belongs to
 no document, so nobody sees it.
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from blockdiff.decode import SamplingBatch, fill, propose, random_order
 from blockdiff.engine.request import Output, Request, Step, TextStream
+from blockdiff.engine.verify import agreed, check_lossless
 from blockdiff.layout import TokenMap
 from blockdiff.model import BlockDiffusionModel, Past
 from blockdiff.rng import uniform
@@ -48,6 +50,8 @@ def check(model: BlockDiffusionModel, request: Request) -> None:
             f"block size {request.block_size}: this is an autoregressive checkpoint without a [MASK], which decodes at "
             "block size 1 only; adapt it with `blockdiff train --init` first"
         )
+    if request.lossless:
+        check_lossless(model)
 
 
 @torch.inference_mode()
@@ -113,6 +117,7 @@ class _Batch:
         )
         self.left_bias = torch.tensor([r.policy.left_bias for r in requests], dtype=torch.float64, device=model.device)
         self.last = self._column([r.prompt[-1] for r in requests])
+        self.lossless = self._column([r.lossless for r in requests])
 
     def _column(self, values: list[int] | list[bool]) -> Tensor:
         return torch.tensor(values, device=self.model.device)
@@ -132,7 +137,7 @@ class _Batch:
             prompt=torch.ones_like(used),
             noisy=torch.zeros_like(used),
         )
-        self.next_logits = self._clean_pass(ids.to(self.model.device), tokens, self.position - 1)
+        self.next_logits = self._clean_pass(ids.to(self.model.device), tokens, self.position[:, None] - 1)[:, 0]
 
     def open(self) -> None:
         """Open every row's next block: all masks, but a first token that the prefix already decides."""
@@ -173,14 +178,40 @@ class _Batch:
         return True
 
     def finish(self) -> None:
-        """Deliver the finished blocks, drop finished rows, and commit the others' blocks to the cache."""
+        """Verify the blocks of lossless rows, deliver all blocks, drop finished rows, and commit the others' blocks."""
+        verified = bool(self.lossless.any())
+        if verified:
+            self._verify()
         going = [self._deliver(at, row) for at, row in enumerate(self.rows.tolist())]
         if not all(going):
             self._keep(torch.tensor(going).nonzero()[:, 0])
         if not len(self.rows):
             return
+        if not verified:
+            self.next_logits = self._clean_pass(self.ids, self._clean_map(), self.size[:, None] - 1)[:, 0]
+        self.last = self.ids.gather(1, self.size[:, None] - 1)[:, 0]
+        self.position = self.position + self.size
+        for row in self.rows[~self.lossless.cpu()].tolist():
+            self.outputs[row].commit_forwards += 1
+
+    def _verify(self) -> None:
+        """Commit every row's block before it is delivered; of lossless rows keep what the AR model agrees to.
+
+        In the cache a rejected slot belongs to no document from then on.
+        """
+        logits = self._clean_pass(self.ids, self._clean_map(), self.slot.expand_as(self.ids))
+        own = agreed(logits, self.ids, self.u, self.used, self.sampling)
+        self.size = torch.where(self.lossless, own, self.size)
+        self.used = self.slot < self.size[:, None]
+        self.past.hide_last(~self.used)
+        self.next_logits = logits[torch.arange(len(logits), device=logits.device), self.size - 1]
+        for row in self.rows[self.lossless.cpu()].tolist():
+            self.outputs[row].verify_forwards += 1
+
+    def _clean_map(self) -> TokenMap:
+        """The open blocks as clean tokens."""
         start = self.position[:, None].expand_as(self.place)
-        tokens = TokenMap(
+        return TokenMap(
             doc=torch.where(self.used, 0, -1),
             position=self.place,
             block=start,
@@ -188,11 +219,6 @@ class _Batch:
             prompt=torch.zeros_like(self.used),
             noisy=torch.zeros_like(self.used),
         )
-        self.next_logits = self._clean_pass(self.ids, tokens, self.size - 1)
-        self.last = self.ids.gather(1, self.size[:, None] - 1)[:, 0]
-        self.position = self.position + self.size
-        for row in self.rows.tolist():
-            self.outputs[row].commit_forwards += 1
 
     def _block_logits(self) -> Tensor:
         """Logits [R, W, V] of the open blocks, slot j predicting the block's token j (slot 0 unused under `clean`)."""
@@ -215,11 +241,11 @@ class _Batch:
             logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
         return logits
 
-    def _clean_pass(self, ids: Tensor, tokens: TokenMap, last: Tensor) -> Tensor:
-        """Write clean tokens to the cache; returns the logits [R, V] at slot `last` [R] of each row."""
-        read = torch.arange(len(ids), device=ids.device) * ids.shape[1] + last
-        logits: Tensor = self.model(ids, tokens, read=read, past=self.past, keep=True)
-        return logits
+    def _clean_pass(self, ids: Tensor, tokens: TokenMap, slots: Tensor) -> Tensor:
+        """Write clean tokens to the cache; returns the logits [R, S, V] at the `slots` [R, S] of each row."""
+        rows = torch.arange(len(ids), device=ids.device)[:, None] * ids.shape[1]
+        logits: Tensor = self.model(ids, tokens, read=(rows + slots).flatten(), past=self.past, keep=True)
+        return logits.view(*slots.shape, -1)
 
     def _deliver(self, at: int, row: int) -> bool:
         """Hand the finished block of a row to its output; True if the request goes on."""
@@ -263,8 +289,8 @@ class _Batch:
         kept = kept.to(self.model.device)
         if len(kept):
             self.past.select(kept)
-        columns = ("position", "seed", "random", "per_step", "threshold", "left_bias", "last", "size")
-        for name in (*columns, "used", "place", "ids"):
+        columns = ("position", "seed", "random", "per_step", "threshold", "left_bias", "last", "lossless", "size")
+        for name in (*columns, "used", "place", "ids", "next_logits"):
             setattr(self, name, getattr(self, name)[kept])
         self.sampling = self.sampling.select(kept)
 

@@ -28,7 +28,8 @@ class GenerationRow:
 
     exact_match is correct / n with its Wilson 95 % interval; unanswered texts hold no `#### number`, unended ones ran
     into the token limit. mean_tokens counts generated tokens of an answer, its end token included; tokens_per_forward
-    counts commit forwards, and not the pass over the prompt.
+    counts commit and verify forwards, and not the pass over the prompt; tokens_per_verify: tokens that a verification
+    lets through (None without lossless).
     """
 
     block_size: int
@@ -41,6 +42,7 @@ class GenerationRow:
     mean_tokens: float
     forwards: int
     tokens_per_forward: float
+    tokens_per_verify: float | None
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -100,6 +102,7 @@ def answer_questions(
             on_progress(len(outputs) / len(requests))
     correct = sum(exact_match(o.text, q.answer) for o, q in zip(outputs, questions, strict=True))
     tokens, forwards = sum(len(output.tokens) for output in outputs), sum(output.forwards for output in outputs)
+    verified = sum(output.verify_forwards for output in outputs)
     row = GenerationRow(
         block_size=form.block_size,
         n=len(questions),
@@ -111,6 +114,7 @@ def answer_questions(
         mean_tokens=tokens / len(questions),
         forwards=forwards,
         tokens_per_forward=tokens / max(forwards, 1),
+        tokens_per_verify=tokens / verified if verified else None,
         seconds=seconds,
     )
     return row, outputs

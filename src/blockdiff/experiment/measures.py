@@ -137,11 +137,14 @@ def _form(decode: Decode, settings: Generation, seed: int) -> Request:
         policy=decode.policy,
         sampling=Sampling(decode.temperature),
         seed=seed,
+        lossless=decode.lossless,
     )
 
 
 def _scores(row: GenerationRow, *, answered: bool) -> dict[str, float]:
     speed = {"tokens_per_forward": row.tokens_per_forward, "tokens": row.mean_tokens, "unended": row.unended / row.n}
+    if row.tokens_per_verify is not None:
+        speed["tokens_per_verify"] = row.tokens_per_verify
     return ({"exact_match": row.exact_match} if answered else {}) | speed
 
 

@@ -22,7 +22,7 @@ _TITLES = {
     "judged_entropy": "Entropy of the texts' tokens, nats",
     "tokens": "Tokens of a text",
     "unended": "Share of texts that ran into the limit",
-    "acceptance": "Tokens a verification, of drafts that the AR model must agree with",
+    "tokens_per_verify": "Tokens that a verification lets through",
 }
 _ONLY_IN_JSON = ("gradient_variance",)
 
