@@ -12,10 +12,11 @@ import torch
 from conftest import tiny_config
 
 from blockdiff.config import ConfigError, make_config
-from blockdiff.curriculum import ClipSearch, CountProposal, Growth
-from blockdiff.distributions import AR, Fixed, ScaleMixture
+from blockdiff.curriculum import ClipSearch, CountProposal, Growth, ShareSearch
+from blockdiff.distributions import AR, AdaptiveMixture, Fixed, ScaleMixture
 from blockdiff.layout import TokenMap
 from blockdiff.masking import complement, proposed_count
+from blockdiff.model import Spec
 from blockdiff.noise import Clipped, ExactCount, LearnedCount, SearchedClip
 from blockdiff.objectives import block_numbers, maskable, score, token_losses, two_streams
 from blockdiff.passes import Objective, Schedule
@@ -136,6 +137,41 @@ def test_the_search_takes_the_interval_of_least_variance_for_each_size():
     assert draw.masked[20000:].double().mean() == pytest.approx(0.5, abs=0.02)
 
 
+def test_shares_follow_the_measured_excess_and_keep_their_floor():
+    search = ShareSearch(AdaptiveMixture((1, 4, 16), every=10, floor=0.3))
+    assert [search.due(step) for step in (0, 9, 10, 20)] == [False, False, True, True]
+    bounds = {1: 1.0, 4: 1.5, 16: 2.5}
+    search.search(10, lambda layout: bounds[layout.size])
+    assert search.shares == pytest.approx({1: 0.1, 4: 0.1 + 0.7 * 0.5 / 2, 16: 0.1 + 0.7 * 1.5 / 2})
+    assert search.layout().shares == pytest.approx(search.shares)
+    search.search(20, lambda layout: 1.0)  # nothing to gain anywhere
+    assert search.shares == pytest.approx(dict.fromkeys((1, 4, 16), 1 / 3))
+    # the mean over 40 steps: even for 10, skewed for 10, even for 20
+    assert search.trained(40).shares[16] == pytest.approx(0.75 / 3 + 0.25 * (0.1 + 0.7 * 0.75))
+    again = ShareSearch(search.settings)
+    again.restore(json.loads(json.dumps(search.state())))
+    assert again.trained(40) == search.trained(40)
+    # above references of its own, the largest size has no excess left
+    known = ShareSearch(AdaptiveMixture((1, 4, 16), reference={1: 0.9, 4: 1.1, 16: 2.5}, floor=0.3))
+    known.search(100, lambda layout: bounds[layout.size])
+    assert known.shares == pytest.approx({1: 0.1 + 0.7 * 0.1 / 0.5, 4: 0.1 + 0.7 * 0.4 / 0.5, 16: 0.1})
+
+
+def test_an_adaptive_mixture_trains_and_says_what_it_trained(tmp_path):
+    layout = {"kind": "adaptive_mixture", "sizes": [1, 4, 8], "every": 8, "batches": 1}
+    tree = tiny_config(tmp_path, train={"steps": 24, "log_every": 4}, layout=layout)
+    run = train(make_config(tree))
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    moved = [line for line in lines if "share_b4" in line]
+    assert [line["step"] for line in moved] == [8, 16]
+    assert moved[0]["share_b1"] == pytest.approx(0.2 / 3)  # its excess over itself is nothing
+    saved = Spec.from_json(run.checkpoint / "block_diffusion.json").layout
+    shares = [{1: 1 / 3, 8: 1 / 3}, *({size: line[f"share_b{size}"] for size in (1, 8)} for line in moved)]
+    assert saved.shares[8] == pytest.approx(sum(part[8] for part in shares) / 3)
+    assert saved.shares[1] == pytest.approx(sum(part[1] for part in shares) / 3)
+    assert bool((saved.token_share(64)[[1, 4, 8]] > 0).all())
+
+
 @pytest.mark.parametrize(
     ("prediction", "boundary"), [("shift", "clean"), ("shift", "seed"), ("shift", "noisy"), ("same", "clean")]
 )
@@ -191,6 +227,7 @@ def test_antithetic_draws_move_the_noise_level():
         {"objective": {"complementary": True}},
         {"objective": {"ar_weight_end": 0.0}},
         {"noise": {"kind": "exact_count", "left_bias": {0.0: 0.5, 1.0: 0.5}}},
+        {"layout": {"kind": "adaptive_mixture", "sizes": [1, 4, 8], "every": 5, "batches": 1}},
     ],
     ids=lambda changes: next(iter(changes)),
 )

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from blockdiff import distributions
 from blockdiff.distributions import (
     AR,
+    AdaptiveMixture,
     Fixed,
     Full,
     Geometric,
@@ -35,6 +36,7 @@ EVERY: list[LayoutDistribution] = [
     Geometric(3.5),
     ScaleMixture(16),
     ScaleMixture(16, {4: 0.2, 8: 0.3}),
+    AdaptiveMixture((1, 3, 8), {1: 0.5, 3: 0.2, 8: 0.3}),
     Full(),
     AR(),
 ]
@@ -172,6 +174,10 @@ def test_every_registered_distribution_is_tested():
         (lambda: Geometric(0.5), "mean block length 0.5 is not possible"),
         (lambda: ScaleMixture(8, {4: 0.7, 8: 0.5}), "above 1"),
         (lambda: ScaleMixture(8, {4: 0.0}), "give a positive share"),
+        (lambda: AdaptiveMixture((4,)), "two or more different"),
+        (lambda: AdaptiveMixture((4, 8), {4: 1.0}), "shares are of"),
+        (lambda: AdaptiveMixture((4, 8), reference={4: 1.0, 9: 2.0}), "reference are of"),
+        (lambda: AdaptiveMixture((4, 8), floor=0.0), "floor in"),
         (lambda: distributions.from_dict({"kind": "spiral"}), "layout kind 'spiral' is unknown"),
     ],
 )

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from blockdiff.distributions import FORBID_EXTRA, LayoutDistribution
+from blockdiff.distributions import FORBID_EXTRA, AdaptiveMixture, LayoutDistribution, RandomOffset
 from blockdiff.masking import Corruption, clipped, proposed_count
 from blockdiff.noise import Clipped, LearnedCount, Noise, SearchedClip
 
@@ -210,6 +210,55 @@ class ClipSearch(Adaptive):
 
     def restore(self, state: dict[str, Any]) -> None:
         self.best = {int(n): (float(low), float(high)) for n, (low, high) in state["best"].items()}
+
+
+class ShareSearch:
+    """The token shares of an adaptive mixture of layouts, moved to where the measured excess is.
+
+    With excess e of a size (its held-out bound above its reference, at least 0) the shares are
+    floor / number of sizes + (1 - floor) * e / sum of e. State is JSON-ready.
+    """
+
+    def __init__(self, settings: AdaptiveMixture) -> None:
+        self.settings = settings
+        self.shares = dict(settings.shares)
+        self.history: list[tuple[int, dict[int, float]]] = []
+
+    def layout(self) -> LayoutDistribution:
+        """The layout distribution to use now."""
+        return replace(self.settings, shares=self.shares)
+
+    def due(self, step: int) -> bool:
+        return step > 0 and step % self.settings.every == 0
+
+    def search(self, step: int, measure: Callable[[LayoutDistribution], float]) -> None:
+        """Measure every size on its own, measure(layout) -> nats per token, and move the shares."""
+        bounds = {size: measure(RandomOffset(size)) for size in self.settings.sizes}
+        least = bounds[self.settings.sizes[0]]
+        excess = {size: max(b - self.settings.reference.get(size, least), 0.0) for size, b in bounds.items()}
+        total, floor, even = sum(excess.values()), self.settings.floor, 1 / len(bounds)
+        self.history.append((step, self.shares))
+        self.shares = {
+            size: floor * even + (1 - floor) * (part / total if total > 0 else even) for size, part in excess.items()
+        }
+
+    def trained(self, steps: int) -> AdaptiveMixture:
+        """The distribution with the shares' mean over a training of so many steps."""
+        spans = [*self.history, (steps, self.shares)]
+        mean = dict.fromkeys(self.settings.sizes, 0.0)
+        before = 0
+        for end, shares in spans:
+            for size in mean:
+                mean[size] += shares[size] * (end - before) / steps
+            before = end
+        return replace(self.settings, shares=mean)
+
+    def state(self) -> dict[str, Any]:
+        return {"shares": list(self.shares.items()), "history": [[s, list(of.items())] for s, of in self.history]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.shares = {int(size): share for size, share in state["shares"]}
+        self.history = [(step, {int(size): share for size, share in of}) for step, of in state["history"]]
 
 
 class _Proposed(Noise):

@@ -295,6 +295,62 @@ class ScaleMixture(LayoutDistribution):
 
 
 @dataclass(frozen=True)
+class AdaptiveMixture(LayoutDistribution):
+    """Grids at random offsets whose token shares follow the measured excess of each size (`curriculum.ShareSearch`).
+
+    Each span draws one of the sizes. `shares` {size: token share} are those to begin with (empty: equal ones) and, in a
+    checkpoint, their mean over the training. Every `every` steps each size's bound is measured on `batches` batches of
+    held-out rows; a share `floor` stays spread evenly, so that every size keeps its support. `reference` {size: nats}
+    are the bounds that the excess is counted from, such as those of specialists; empty: the model's own value at the
+    smallest size, which a perfect model has at every size (the chain rule holds in any order).
+    """
+
+    sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    shares: dict[int, float] = field(default_factory=dict)
+    reference: dict[int, float] = field(default_factory=dict)
+    every: int = 100
+    batches: int = 2
+    floor: float = 0.2
+    kind: Literal["adaptive_mixture"] = "adaptive_mixture"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", tuple(sorted(int(size) for size in self.sizes)))
+        if len(set(self.sizes)) < max(2, len(self.sizes)):
+            raise ValueError(f"layout adaptive_mixture: sizes {self.sizes}; give two or more different ones")
+        for size in self.sizes:
+            _check_size(size)
+        shares = _normalised("adaptive_mixture", self.shares or dict.fromkeys(self.sizes, 1.0))
+        object.__setattr__(self, "shares", shares)
+        object.__setattr__(self, "reference", {int(size): float(nats) for size, nats in self.reference.items()})
+        for name in ("shares", "reference"):
+            known = getattr(self, name)
+            if known and set(known) != set(self.sizes):
+                raise ValueError(f"layout adaptive_mixture: {name} are of {sorted(known)}, the sizes {self.sizes}")
+        if self.every < 1 or self.batches < 1 or not 0 < self.floor <= 1:
+            raise ValueError("layout adaptive_mixture: every and batches must be 1 or more, floor in (0, 1]")
+
+    @property
+    def largest_named(self) -> int:
+        return self.sizes[-1]
+
+    def draw(self, lengths: Tensor, generator: Generator) -> Tensor:
+        sizes = _choose(self.shares, len(lengths), generator).to(lengths)
+        return grids(sizes, random_offsets(sizes, generator), int(lengths.max()))
+
+    def configurations(self, length: int) -> Tensor:
+        table = torch.zeros(length, length + 1, dtype=torch.float64)
+        for size, share in self.shares.items():
+            table += share * random_offset_table(size, length)
+        return table
+
+    def block_counts(self, length: int) -> Tensor:
+        counts = torch.zeros(length + 1, dtype=torch.float64)
+        for size, share in self.shares.items():
+            counts += share * RandomOffset(size).block_counts(length)
+        return counts
+
+
+@dataclass(frozen=True)
 class Full(LayoutDistribution):
     """One block over the whole span: masked diffusion (MDLM, LLaDA)."""
 
@@ -328,10 +384,11 @@ class AR(LayoutDistribution):
         return Fixed(1).block_counts(length)
 
 
-AnyLayout = Fixed | RandomOffset | Mixture | Uniform | LogUniform | Geometric | ScaleMixture | Full | AR
+AnyLayout = (
+    Fixed | RandomOffset | Mixture | Uniform | LogUniform | Geometric | ScaleMixture | AdaptiveMixture | Full | AR
+)
 DISTRIBUTIONS: dict[str, type[LayoutDistribution]] = {
-    str(cls.__dataclass_fields__["kind"].default): cls
-    for cls in (Fixed, RandomOffset, Mixture, Uniform, LogUniform, Geometric, ScaleMixture, Full, AR)
+    str(cls.__dataclass_fields__["kind"].default): cls for cls in AnyLayout.__args__
 }
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from torch import Generator, Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from blockdiff.curriculum import adaptive
+from blockdiff.curriculum import ShareSearch, adaptive
 from blockdiff.data import PackedRows, collate
+from blockdiff.distributions import AdaptiveMixture
 from blockdiff.files import sync_tree
 from blockdiff.masking import Corruption
 from blockdiff.model import BlockDiffusionModel
+from blockdiff.noise import ExactCount
 from blockdiff.objectives import Terms
 from blockdiff.passes import Objective, Schedule
 from blockdiff.rng import uniform
@@ -42,8 +44,8 @@ class BlockDiffusionTrainer(Trainer):
     """Train a `BlockDiffusionModel` on packed rows.
 
     `schedule` changes the objective on the way; `search_rows` (default: the training rows) are what a search for noise
-    tries its candidates on. `validate` returns the metrics of an evaluation. Checkpoints appear in `args.output_dir` as
-    checkpoint-<step>.
+    or for the shares of layouts tries its candidates on. `validate` returns the metrics of an evaluation. Checkpoints
+    appear in `args.output_dir` as checkpoint-<step>.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class BlockDiffusionTrainer(Trainer):
         self.objective = objective
         self.schedule = schedule
         self.adaptive = adaptive(objective.noise)
+        self.shares = ShareSearch(objective.layout) if isinstance(objective.layout, AdaptiveMixture) else None
         self.search_rows = search_rows or rows
         self.validate = validate
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole optimizer step
@@ -117,10 +120,15 @@ class BlockDiffusionTrainer(Trainer):
         return model
 
     def _objective(self, *, new_step: bool) -> Objective:
-        """The objective of this step, with what was learned about the noise so far."""
+        """The objective of this step, with what was learned about the layouts and the noise so far."""
         step = self.state.global_step
         u = float(uniform(self.args.seed, step, _SCHEDULE))
         now = self.schedule.at(self.objective, step / max(self.state.max_steps, 1), u)
+        if self.shares is not None:
+            if new_step and self.shares.due(step):
+                self.shares.search(step, lambda layout: self._held_out(Objective(layout, ExactCount())))
+                self.log({f"share_b{size}": share for size, share in self.shares.shares.items()})
+            now = replace(now, layout=self.shares.layout())
         if self.adaptive is None:
             return now
         if new_step and self.adaptive.due(step):
@@ -128,9 +136,27 @@ class BlockDiffusionTrainer(Trainer):
         return replace(now, noise=self.adaptive.noise())
 
     @torch.no_grad()
+    def _held_out(self, objective: Objective) -> float:
+        """Nats per token of some held-out batches, the same ones with the same draws for every objective."""
+        bridge = self._bare()
+        assert self.shares is not None
+        total = tokens = 0.0
+        for number, batch in enumerate(self._search_batches(self.shares.settings.batches)):
+            generator = Generator().manual_seed(number)
+            terms = objective.terms(bridge, batch, bridge.spec.alignment, bridge.spec.mask_id or 0, generator)
+            total, tokens = total + float(terms.blocks.sum()), tokens + float(terms.tokens.sum())
+        return total / tokens
+
+    def _search_batches(self, count: int) -> Iterator[dict[str, Tensor]]:
+        rows = self.args.per_device_train_batch_size
+        for number in range(count):
+            chosen = [self.search_rows[(number * rows + i) % len(self.search_rows)] for i in range(rows)]
+            yield {name: tensor.to(self._bare().device) for name, tensor in collate(chosen).items()}
+
+    @torch.no_grad()
     def _block_losses(self, objective: Objective) -> tuple[Tensor, Tensor]:
         """Number of maskable tokens and weighted mean loss of every block of some held-out batches."""
-        bridge, rows = self._bare(), self.args.per_device_train_batch_size
+        bridge = self._bare()
         sizes, losses = [], []
 
         def keep(draw: Corruption, loss: Tensor, block: Tensor) -> None:
@@ -140,9 +166,7 @@ class BlockDiffusionTrainer(Trainer):
             sizes.append(size.cpu())
             losses.append((total / size).cpu())
 
-        for number in range(getattr(self.objective.noise, "batches", 1)):
-            chosen = [self.search_rows[(number * rows + i) % len(self.search_rows)] for i in range(rows)]
-            batch = {name: tensor.to(bridge.device) for name, tensor in collate(chosen).items()}
+        for number, batch in enumerate(self._search_batches(getattr(self.objective.noise, "batches", 1))):
             generator = Generator().manual_seed(number)  # the same draws for every candidate
             objective.terms(bridge, batch, bridge.spec.alignment, bridge.spec.mask_id or 0, generator, keep)
         return torch.cat(sizes), torch.cat(losses)
@@ -220,8 +244,9 @@ class BlockDiffusionTrainer(Trainer):
         bridge.save_into(directory)
         if bridge.adapter is not None and self._staging is not None:
             bridge.adapter.save(directory, bridge.backbone)
-        if self.adaptive is not None and self._staging is not None:
-            (directory / _CURRICULUM_FILE).write_text(json.dumps(self.adaptive.state()))
+        learned = {name: part.state() for name, part in self._learned().items()}
+        if learned and self._staging is not None:
+            (directory / _CURRICULUM_FILE).write_text(json.dumps(learned))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         bridge = self._bare()
@@ -231,8 +256,13 @@ class BlockDiffusionTrainer(Trainer):
             kind, dtype = type(bridge.backbone), bridge.backbone.dtype
             saved = kind.from_pretrained(resume_from_checkpoint, dtype=dtype, use_safetensors=True)
             bridge.backbone.load_state_dict(saved.state_dict())
-        if self.adaptive is not None:
-            self.adaptive.restore(json.loads((Path(resume_from_checkpoint) / _CURRICULUM_FILE).read_text()))
+        for name, part in self._learned().items():
+            part.restore(json.loads((Path(resume_from_checkpoint) / _CURRICULUM_FILE).read_text())[name])
+
+    def _learned(self) -> dict[str, Any]:
+        """What this training learns beside the weights."""
+        parts = {"noise": self.adaptive, "layout": self.shares}
+        return {name: part for name, part in parts.items() if part is not None}
 
 
 def checkpoints(directory: Path) -> list[Path]:

@@ -159,6 +159,8 @@ def train(
         return run
     scored = steps * _rows_a_step(config, processes.num_processes) * rows.scored / len(rows)
     bridge.spec = replace(bridge.spec, trained_tokens=int(scored))
+    if trainer.shares is not None:
+        bridge.spec = replace(bridge.spec, layout=trainer.shares.trained(steps))
     try:
         bridge.save(run.checkpoint)
     except (OSError, RuntimeError, SafetensorError) as error:
