@@ -107,6 +107,8 @@ def test_commands_run(trained, tmp_path):
                     command += f" {SMALL_EXPERIMENT}"
                 if "noise_variance" in command:
                     command += " --repeats 2 --block-sizes 4"
+                if "lossless_acceptance" in command:
+                    command += " --prompts 3 --block-sizes 4 --new-tokens 12"
                 if "attention_mechanism" in command:
                     command += " --repeats 1 --lengths 32 --tokens 64"
                 if command.startswith("blockdiff demo"):
