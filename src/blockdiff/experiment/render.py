@@ -25,6 +25,7 @@ _TITLES = {
     "tokens_per_verify": "Tokens that a verification lets through",
 }
 _ONLY_IN_JSON = ("gradient_variance",)
+_NOT_COMPARED = ("monotone_share", "tokens", "unended", "judged_entropy")
 
 
 def markdown(summary: Summary) -> str:
@@ -125,6 +126,7 @@ def _values(summary: Summary, measure: str) -> Lines:
 def _comparisons(summary: Summary, measure: str) -> Lines:
     """A line for each pair, a column for each place: mean difference and its 95 % interval."""
     tests = [test for test in summary["compare"] if test["measure"] == measure and _shown(test)]
+    tests = [] if measure in _NOT_COMPARED else tests
     places = list(dict.fromkeys(_key(test["place"]) for test in tests))
     by_place = {(test["setting"], test["baseline"], _key(test["place"])): test for test in tests}
     pairs = dict.fromkeys((test["setting"], test["baseline"]) for test in tests)
@@ -191,7 +193,7 @@ def _words(summary: Summary) -> str:
     noise = [row["se_mc"] for row in rows if row["se_mc"] is not None]
     if known:
         within = f"Within a run the standard error is {_range(known)} (clustered by document)"
-        within += f", of it {_range(noise)} from the noise draws. " if noise else ". "
+        within += f"; that of the noise draws alone is at most {max(noise):.4f}. " if any(noise) else ". "
     return (
         f"{rows[0]['counts']['tokens']:,} tokens of {rows[0]['counts']['documents']} documents, "
         f"{' or '.join(map(str, seeds))} seeds. {spread}{within}All runs share documents and noise, "
