@@ -25,6 +25,7 @@ _TITLES = {
     "tokens_per_verify": "Tokens that a verification lets through",
 }
 _ONLY_IN_JSON = ("gradient_variance",)
+_MANY = 8  # columns beyond which intervals would not fit
 _NOT_COMPARED = ("monotone_share", "tokens", "unended", "judged_entropy")
 
 
@@ -124,14 +125,17 @@ def _values(summary: Summary, measure: str) -> Lines:
 
 
 def _comparisons(summary: Summary, measure: str) -> Lines:
-    """A line for each pair, a column for each place: mean difference and its 95 % interval."""
+    """A line for each pair, a column for each place: mean difference and its 95 % interval, or, where there are many
+    places, a star where it leaves 0 out."""
     tests = [test for test in summary["compare"] if test["measure"] == measure and _shown(test)]
     tests = [] if measure in _NOT_COMPARED else tests
     places = list(dict.fromkeys(_key(test["place"]) for test in tests))
     by_place = {(test["setting"], test["baseline"], _key(test["place"])): test for test in tests}
     pairs = dict.fromkeys((test["setting"], test["baseline"]) for test in tests)
+    cell = _interval if len(places) <= _MANY else _starred
+    shown = {key: cell(test) for key, test in by_place.items()}
     lines = [
-        [f"{setting} − {baseline}", *(_difference(by_place.get((setting, baseline, place))) for place in places)]
+        [f"{setting} − {baseline}", *(shown.get((setting, baseline, place), "") for place in places)]
         for setting, baseline in pairs
     ]
     return ["", *map(_place, places)], lines
@@ -168,8 +172,9 @@ def _cell(row: dict[str, Any] | None) -> str:
     return f"{row['value']:.4f}" + ("" if row["sd"] is None else f" ± {row['sd']:.4f}")
 
 
-def _difference(test: dict[str, Any] | None) -> str:
-    return "" if test is None else _interval(test)
+def _starred(test: dict[str, Any]) -> str:
+    decided = test["ci"] is not None and (test["ci"][0] > 0 or test["ci"][1] < 0)
+    return f"{test['mean']:+.4f}" + ("*" if decided else "")
 
 
 def _interval(test: dict[str, Any]) -> str:
@@ -202,7 +207,10 @@ def _words(summary: Summary) -> str:
 
 
 def _test_words() -> str:
-    return "Differences are paired by seed, with Student's 95 % interval, not corrected for their number."
+    return (
+        "Differences are paired by seed, with Student's 95 % interval (in wide tables a star where it leaves 0 out), not "
+        "corrected for their number."
+    )
 
 
 def _range(values: list[float]) -> str:
