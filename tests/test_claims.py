@@ -171,6 +171,24 @@ def test_the_page_says_each_claim_and_follows_the_numbers(measured, capsys):
     assert page(folder, "page") != text
 
 
+def test_questions_and_a_judge_that_are_not_there_are_named_before_any_training(measured, tmp_path, capsys):
+    for key, value, words in (
+        ("questions", tmp_path / "none.jsonl", "none.jsonl"),
+        ("judge", tmp_path / "nobody", "nobody"),
+    ):
+        change = f"evaluate.generation.{key}={value}"
+        code, _, err = run(
+            "experiment", measured / "tiny.yaml", "--set", change, "--set", f"output={tmp_path / 'out'}", capsys=capsys
+        )
+        assert code == 2, err
+        assert words in err
+        assert len(err.strip().splitlines()) == 1
+        assert not (tmp_path / "out").exists()
+    generation = "evaluate.generation={decodes: {a: {block_size: 1}}}"
+    with pytest.raises(ConfigError, match="questions with answers, or a judge"):
+        load_experiment(measured / "tiny.yaml", [generation])
+
+
 def test_a_directory_without_summaries_is_named(tmp_path, capsys):
     code, _, err = run("results", tmp_path, "--out", tmp_path / "page.md", capsys=capsys)
     assert code == 2

@@ -128,7 +128,8 @@ def eval_generation(
     out.print(
         f"block size {row.block_size}: {row.correct} of {row.n} right, {row.exact_match:.1%} ({low:.1%} – {high:.1%}); "
         f"{row.unanswered} without ####, {row.unended} without an end; {row.mean_tokens:.1f} tokens an answer, "
-        f"{row.tokens_per_forward:.2f} tokens per forward with commits",
+        f"{row.tokens_per_forward:.2f} tokens per forward with commits"
+        + ("" if row.tokens_per_verify is None else f", {row.tokens_per_verify:.2f} a verification"),
         highlight=False,
         soft_wrap=True,
     )

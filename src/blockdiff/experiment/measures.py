@@ -55,6 +55,21 @@ def measure(run: Run, evaluate: Evaluate) -> tuple[list[Measured], int]:
     return found, model.backbone.num_parameters()
 
 
+def check_measures(evaluate: Evaluate) -> None:
+    """Refuse questions that cannot be read and a judge that cannot be one, before anything is trained."""
+    settings = evaluate.generation
+    if settings is not None:
+        _questions(settings)
+        if settings.judge is not None:
+            load(settings.judge)
+
+
+def _questions(settings: Generation) -> list[Question]:
+    if settings.questions is None:
+        return [Question("", "0")] * settings.count
+    return read_questions([Path(settings.questions)])[: settings.count]
+
+
 def _documents(run: Run, model: BlockDiffusionModel) -> list[Document]:
     assert run.config.data.valid is not None
     paths = [run.config.data.valid] if isinstance(run.config.data.valid, str) else run.config.data.valid
@@ -109,10 +124,7 @@ def _gradient_noise(model: BlockDiffusionModel, run: Run, settings: Variance, se
 
 
 def _texts(model: BlockDiffusionModel, settings: Generation, seed: int) -> list[Measured]:
-    if settings.questions is None:
-        questions = [Question("", "0")] * settings.count
-    else:
-        questions = read_questions([Path(settings.questions)])[: settings.count]
+    questions = _questions(settings)
     judge = None if settings.judge is None else load(settings.judge)
     found = []
     for label, decode in settings.decodes.items():

@@ -208,8 +208,8 @@ def _words(summary: Summary) -> str:
 
 def _test_words() -> str:
     return (
-        "Differences are paired by seed, with Student's 95 % interval (in wide tables a star where it leaves 0 out), not "
-        "corrected for their number."
+        "Differences are paired by seed, with Student's 95 % interval (in wide tables a star where it leaves 0 out), "
+        "not corrected for their number."
     )
 
 

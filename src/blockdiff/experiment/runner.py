@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from blockdiff.config import ConfigError, nearest
-from blockdiff.experiment.measures import measure
+from blockdiff.experiment.measures import check_measures, measure
 from blockdiff.experiment.plan import Evaluate, Experiment, Run
 from blockdiff.files import write_json, write_text
 from blockdiff.runtime import record
@@ -39,8 +39,8 @@ def run_experiment(
     """Bring every run (of the settings in `only`, if given) to its end; returns {run: error} of those that failed.
 
     A finished run is left as it is, an unfinished one goes on from its last checkpoint, and one that fails leaves its
-    traceback in error.txt of its directory. Raises ConfigError, before anything is trained, where a run was made with
-    another configuration, unless `overwrite` says to train it anew.
+    traceback in error.txt of its directory. Raises, before anything is trained, ConfigError where a run was made with
+    another configuration, unless `overwrite` says to train it anew, and what reading the questions or the judge raises.
     """
     for label in only:
         if label not in experiment.settings:
@@ -52,6 +52,8 @@ def run_experiment(
                 f"{run.directory.path}: was trained with another {key}; train it anew with --overwrite, or give the "
                 "experiment another output"
             )
+    if any(measured(run, experiment.evaluate) is None for run in chosen):
+        check_measures(experiment.evaluate)
     failed: dict[str, str] = {}
     for number, run in enumerate(chosen, 1):
         try:
