@@ -18,7 +18,7 @@ from test_cli import run
 
 from blockdiff import cli
 from blockdiff.experiment import load_experiment, markdown
-from blockdiff.experiment.render import plot
+from blockdiff.experiment.plots import plot
 
 
 def experiment(folder: Path, **changes) -> Path:
@@ -123,7 +123,7 @@ def test_tables_and_plot_come_from_the_saved_summary(finished, tmp_path):
     worst = next(row for row in summary["rows"] if row["measure"] == "worst_offset")
     assert f"| fixed4 | {worst['value']:.4f} ± {worst['sd']:.4f} |" in text
     plot(summary, tmp_path / "again.png")
-    picture = (finished / "out" / "bounds.png").read_bytes()
+    picture = (finished / "out" / "plot.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert (tmp_path / "again.png").read_bytes() == picture
     moved = {**summary, "rows": [{**row, "value": row["value"] + 1} for row in summary["rows"]]}

@@ -26,10 +26,10 @@ def experiment(
     """Train and measure every setting of an experiment with every seed, and sum them up with tests and a plot.
 
     What is finished is kept and what was killed goes on, so the same command is also the way to resume. The output
-    holds summary.json, summary.md and bounds.png; a run that failed
+    holds summary.json, summary.md and plot.png; a run that failed
     leaves error.txt in its directory, stops no other, and makes the exit code 1.
     """
-    from blockdiff.experiment import load_experiment, render, run_experiment, summarise
+    from blockdiff.experiment import load_experiment, plots, render, run_experiment, summarise
     from blockdiff.files import write_json, write_text
 
     plan, runs = load_experiment(file, changes)
@@ -48,7 +48,7 @@ def experiment(
         folder = Path(plan.output)
         write_json(folder / "summary.json", summary)
         write_text(folder / "summary.md", render.markdown(summary))
-        render.plot(summary, folder / "bounds.png")
+        plots.plot(summary, folder / "plot.png")
         write_result(json_file, summary)
         for table in render.tables(summary):
             out.print(table)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from blockdiff.experiment.render import Summary, claims_table, details, plot
+from blockdiff.experiment.plots import plot
+from blockdiff.experiment.render import Summary, claims_table, details
 
 
 def write_page(directory: Path, file: Path) -> list[str]:

@@ -1,11 +1,9 @@
-"""Tables and a plot of an experiment, made from its summary (the saved JSON) and nothing else."""
+"""Tables of an experiment, made from its summary (the saved JSON) and nothing else."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -66,33 +64,6 @@ def tables(summary: Summary) -> list[Table]:
         if lines:
             found.append(_rich_table(f"Differences: {_title(measure)}", header, lines))
     return [*found, _rich_table("Claims", *_claims(summary))] if summary["claims"] else found
-
-
-def plot(summary: Summary, file: Path) -> None:
-    """Nats per token against block size, a line for each setting (on the grid), bars of one standard deviation."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    bounds = [row for row in summary["rows"] if row["measure"] == "bound" and not row["place"]["offset"]]
-    bounds = [row for row in bounds if not row["place"]["left_bias"]]
-    sizes = sorted({row["place"]["block_size"] for row in bounds})
-    for number, setting in enumerate(summary["settings"]):
-        rows = sorted((row for row in bounds if row["setting"] == setting), key=lambda row: row["place"]["block_size"])
-        axes.errorbar(
-            [row["place"]["block_size"] for row in rows],
-            [row["value"] for row in rows],
-            yerr=[row["sd"] or 0.0 for row in rows],  # no bar where one seed leaves the spread unknown
-            marker="osD^v"[number // 10 % 5],
-            markersize=4,
-            capsize=3,
-            label=setting,
-        )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.set(xlabel="block size", ylabel="nats per token (upper bound)", title=summary["name"])
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, format="png", dpi=120)
 
 
 def _measures(summary: Summary) -> list[str]:
