@@ -299,3 +299,21 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_the_weights(tmp_path, ad
     full, mixed = losses("no"), losses("bf16")
     assert mixed == pytest.approx(full, rel=0.01)
     assert mixed != pytest.approx(full, rel=1e-6)
+
+
+def test_block_diffusion_starts_from_full_diffusion(tmp_path):
+    """BD3-LM's way: a masked diffusion model of the whole text first, then blocks, its logits read as before."""
+    small = {"steps": 4, "rows": 2, "log_every": 2, "learning_rate": 0.01}
+    tree = tiny_config(tmp_path, output=str(tmp_path / "full"), preset="mdlm", train=small, eval={"block_sizes": []})
+    for key in ("layout", "objective"):
+        tree.pop(key)
+    full = train(make_config(tree)).checkpoint
+    blocks = {**tree, "preset": "bd3lm", "output": str(tmp_path / "blocks"), "model": {"init": str(full)}}
+    model = blockdiff.load(train(make_config({**blocks, "layout": {"kind": "fixed", "size": 4}})).checkpoint)
+    assert (model.spec.alignment.prediction, model.spec.clean_context) == ("same", "block_causal")
+    before = load_file(full / "model.safetensors")["model.embed_tokens.weight"]
+    after = load_file(tmp_path / "blocks" / "checkpoint" / "model.safetensors")["model.embed_tokens.weight"]
+    assert before.shape == after.shape  # its [MASK] row is the one it had
+    assert 0 < float((after - before).abs().max()) < 0.1
+    with pytest.raises(ConfigError, match="was trained with same, not shift"):
+        train(make_config({**blocks, "preset": "abd", "output": str(tmp_path / "other")}))
