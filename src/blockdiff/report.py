@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import json
-from math import exp, isfinite, log2
+from math import isfinite, log2
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +107,6 @@ def coverage_summary(result: dict[str, Any]) -> Group:
         ratios = [_times(result[name]) for name in ("max_ratio", "ratio_p99", "ratio_p95")]
         where = "asked / trained" if result["covered"] else "asked / trained where covered"
         parts.append("{}: max {}, p99 {}, p95 {}".format(where, *ratios))
-    if (order := result["order_ratio"]) is not None and order > 1.005:
-        parts.append(f"of it by the reveal order: up to {_times(order)}")
-    if (gain := result["order_gain"]) is not None:
-        parts.append(f"reveal order: the masks met were trained {_times(exp(gain))} as often as in uniform order")
     if result["rare"]:
         parts.append(
             f"rare: {_percent(result['rare'])} of the calls are in configurations met less than once on average"

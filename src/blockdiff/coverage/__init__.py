@@ -10,9 +10,6 @@ say, over that of the best possible model),
 
     sum pi r  <=  max(pi / mu) * sum mu r          (Adaptive Block Diffusion, arXiv 2606.29275)
 
-Which k tokens are masked is the third axis, the reveal order (`coverage.order`): the ratios are over it too wherever
-the order that is asked for is known.
-
 The clean context is no part of a configuration: under `block_causal` the cache also depends on how the prefix was cut.
 """
 

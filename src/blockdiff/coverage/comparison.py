@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blockdiff.coverage.order import biases_of, largest_ratio, order_gain
 from blockdiff.coverage.requested import Calls
 from blockdiff.coverage.trained import TOLERANCE, Cell, Trained, masks_of
 
@@ -39,11 +38,6 @@ class Coverage:
     are none), percentiles weighted by pi. rare: share of the calls whose configuration training could have met but is
     expected to have met less than RARE_VISITS times (None: how much was trained is unknown). octaves: the same by
     octaves of p and w, JSON-ready.
-
-    order_ratio: the largest part of those ratios that comes of the reveal order, of P(M | w, k) asked over trained
-    (`coverage.order`); None where the decoder's order follows its confidence, and the ratios are then those of
-    (p, w, k) alone. order_gain: of traced calls, how much more often than in uniform order training masked the sets
-    that were met (mean log ratio in nats; None without traces).
     """
 
     calls: float
@@ -54,8 +48,6 @@ class Coverage:
     ratio_p99: float | None
     rare: float | None
     octaves: tuple[dict[str, Any], ...]
-    order_ratio: float | None = None
-    order_gain: float | None = None
 
     @property
     def covered(self) -> bool:
@@ -84,8 +76,7 @@ def compare(mu: Trained, pi: Calls) -> Coverage:
     visits = mu.visits(pi.cells)
     share = visits / mu.calls
     known = share > TOLERANCE
-    order = _order_ratios(mu, pi)
-    ratio = asked[known] / share[known] * (order if order is not None else torch.ones_like(asked))[known]
+    ratio = asked[known] / share[known]
     rare = None
     if mu.tokens:
         rare = float(asked[known & (visits * mu.spans_trained < RARE_VISITS)].sum())
@@ -98,18 +89,7 @@ def compare(mu: Trained, pi: Calls) -> Coverage:
         ratio_p99=_quantile(ratio, asked[known], 0.99),
         rare=rare,
         octaves=_octaves(mu, pi.cells, asked, known),
-        order_ratio=float(order[known].max()) if order is not None and bool(known.any()) else None,
-        order_gain=order_gain(biases_of(mu.noise), pi.sets),
     )
-
-
-def _order_ratios(mu: Trained, pi: Calls) -> Tensor | None:
-    """Of every cell, the largest ratio of asked to trained among the sets of its masks: float64 [C]."""
-    if pi.left_bias is None:
-        return None
-    biases = biases_of(mu.noise)
-    pairs = [(masks_of(mu.alignment, size), masks) for _, size, masks in pi.cells.tolist()]
-    return torch.tensor([largest_ratio(biases, pi.left_bias, *pair) for pair in pairs], dtype=torch.float64)
 
 
 def _violations(mu: Trained, pi: Calls, unknown: Tensor) -> tuple[Violation, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,16 +19,10 @@ from blockdiff.objectives import Alignment
 
 @dataclass(frozen=True)
 class Calls:
-    """The calls asked for: cells int64 [C, 3], distinct rows (p, w, k) in ascending order; times float64 [C].
-
-    left_bias: of the reveal order, None where it follows the model's confidence and is not known beforehand; sets: of
-    traced calls, which of the block's maskable slots were masked.
-    """
+    """The calls asked for: cells int64 [C, 3], distinct rows (p, w, k) in ascending order; times float64 [C]."""
 
     cells: Tensor
     times: Tensor
-    left_bias: float | None = None
-    sets: tuple[tuple[bool, ...], ...] = ()
 
     @property
     def total(self) -> float:
@@ -37,12 +31,7 @@ class Calls:
     @staticmethod
     def cat(parts: Sequence[Calls]) -> Calls:
         """All calls of several requests."""
-        orders = {part.left_bias for part in parts}
-        return replace(
-            _calls(torch.cat([part.cells for part in parts]), torch.cat([part.times for part in parts])),
-            left_bias=orders.pop() if len(orders) == 1 else None,
-            sets=tuple(each for part in parts for each in part.sets),
-        )
+        return _calls(torch.cat([part.cells for part in parts]), torch.cat([part.times for part in parts]))
 
 
 def decode_calls(
@@ -73,14 +62,11 @@ def decode_calls(
             times[n] = 1
         return times
 
-    found = _of_blocks(alignment, torch.tensor(blocks), torch.ones(len(blocks), dtype=torch.float64), asked)
-    return replace(found, left_bias=policy.left_bias if policy.score == "random" else None)
+    return _of_blocks(alignment, torch.tensor(blocks), torch.ones(len(blocks), dtype=torch.float64), asked)
 
 
-def grid_calls(
-    alignment: Alignment, spans: Mapping[tuple[int, int, int], int], block_size: int, left_bias: float = 0.0
-) -> Calls:
-    """An evaluation on a grid: one call for each block, every number of masks equally often, in one reveal order.
+def grid_calls(alignment: Alignment, spans: Mapping[tuple[int, int, int], int], block_size: int) -> Calls:
+    """An evaluation on a grid: one call for each block, every number of masks equally often.
 
     spans: how many there are of (given tokens before, scored tokens, tokens of the shortened first block).
     """
@@ -97,7 +83,7 @@ def grid_calls(
     def asked(n: int) -> Tensor:
         return torch.tensor([0.0] + [1 / n] * n, dtype=torch.float64)
 
-    return replace(_of_blocks(alignment, blocks, times, asked), left_bias=left_bias)
+    return _of_blocks(alignment, blocks, times, asked)
 
 
 def traced_calls(
@@ -108,7 +94,6 @@ def traced_calls(
     Of a block that ended early only the first call is known, and only that is counted.
     """
     seen: Counter[tuple[int, int, int]] = Counter()
-    sets = []
     at = 0
     for delivered in blocks:
         size = min(block_size, context - prompt - at)
@@ -118,12 +103,10 @@ def traced_calls(
             seen[prompt + at, 1, 0] += 1
         last = max(filled, default=0) if delivered == size else 1
         for step in range(1, last + 1) if n else ():
-            left = (True,) * n if step == 1 else tuple(step <= s for s in filled[size - n :])
-            seen[prompt + at, size, sum(left)] += 1
-            sets.append(left)
+            seen[prompt + at, size, n if step == 1 else sum(step <= s for s in filled)] += 1
         at += delivered
     cells = torch.tensor(list(seen), dtype=torch.int64).view(-1, 3)
-    return replace(_calls(cells, torch.tensor(list(seen.values()), dtype=torch.float64)), sets=tuple(sets))
+    return _calls(cells, torch.tensor(list(seen.values()), dtype=torch.float64))
 
 
 def _of_blocks(alignment: Alignment, blocks: Tensor, times: Tensor, asked: Callable[[int], Tensor]) -> Calls:
