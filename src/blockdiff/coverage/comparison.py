@@ -41,12 +41,12 @@ class Coverage:
     expected to have met less than RARE_VISITS times (None: how much was trained is unknown). octaves: the same by
     octaves of p and w, JSON-ready.
 
-    Where pi's order is known a configuration includes the set M of masked tokens, and ratios are those of (p, w, k, M):
-    order_ratio: the largest pi(M | n, k) / mu(M | n, k), one factor of max_ratio; order_exact: whether it is the true
-    maximum, or the largest over drawn sets (`set_ratios`), as the percentiles and `rare` then are of drawn sets too. For
-    `rare` a set whose ratio is r > 1 counts as met r times less often than its (p, w, k). order_sentence says it where
-    order_ratio is LARGE_ORDER or more. All are None for an unknown order: then ratios are of (p, w, k), and the bound
-    holds for losses averaged over the sets that training draws.
+    Where pi's order is known ratios are those of (p, w, k, M), M the masked tokens. order_ratio: the largest
+    pi(M | n, k) / mu(M | n, k) of them; order_exact: whether that is the true maximum or the largest over some sets
+    (`set_ratios`). Where sets are drawn the percentiles and `rare` are estimates. For `rare` a set whose ratio is r > 1
+    counts as met r times less often than its (p, w, k). order_sentence: what is rare, where order_ratio is large. All
+    three are None for an unknown order: then ratios are those of (p, w, k), and the bound is one on losses averaged
+    over the sets that training draws.
 
     order_gain: of traces, where the sets are known, in nats: the mean over the calls with a choice (0 < k < n) of
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NODES = 192
+NODES = 128
 DEPTH = 40.0  # the integrand is cut where it is this many nats below its largest value
 ROOM = 2**22  # numbers held at once
 
@@ -38,7 +38,7 @@ class Order:
         return set(self.biases) == {0.0}
 
     def log_probability(self, sets: Tensor) -> Tensor:
-        """log P(M | n, |M|) of bool [S, n]: float64 [S], below -1000 without underflow; 0 for the empty and full set."""
+        """log P(M | n, |M|) of bool [S, n]: float64 [S], without underflow; 0 where all or none are masked."""
         sets = F.pad(sets, (self.lead, 0))
         parts = [math.log(share) + set_log_probability(sets, beta) for beta, share in self.biases.items()]
         found = torch.stack(parts).logsumexp(0)

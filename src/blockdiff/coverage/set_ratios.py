@@ -11,12 +11,13 @@ from itertools import combinations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from blockdiff.coverage.order import Order
 from blockdiff.masking import last_revealed
 
 ENUMERATED = 1024  # sets of one (n, k) that are gone through; of more a sample is drawn
-DRAWN = 256
+DRAWN = 128
 LARGE_RATIO = 10.0  # from which on the order is worth a sentence
 
 
@@ -67,8 +68,8 @@ def set_ratios(pi: Order, mu: Order, n: int, k: int) -> SetRatios:
         exact = pi.is_uniform or mu.is_uniform or mixed_in
     ratio = pi.log_probability(tried) - mu.log_probability(tried)
     order = ratio[-len(sets) :].argsort()
-    below = torch.cat([torch.zeros(1, dtype=torch.float64), share[order].cumsum(0) / share.sum()])
-    return SetRatios(ratio[-len(sets) :][order], below, float(ratio.max()), exact)
+    below = F.pad(share[order].cumsum(0), (1, 0))
+    return SetRatios(ratio[-len(sets) :][order], below / below[-1], float(ratio.max()), exact)
 
 
 def every_set(n: int, k: int) -> Tensor:
@@ -79,7 +80,7 @@ def every_set(n: int, k: int) -> Tensor:
 
 def draw_sets(order: Order, n: int, k: int) -> Tensor:
     """Sets of k that an order without `lead` leaves, DRAWN or fewer of long blocks, always the same: bool [S, n]."""
-    count = max(16, min(DRAWN, 2**20 // n**2))
+    count = max(8, min(DRAWN, 2**18 // n**2))
     generator = torch.Generator().manual_seed(0)
     betas = torch.tensor(list(order.biases), dtype=torch.float64)
     shares = torch.tensor(list(order.biases.values()), dtype=torch.float64)
