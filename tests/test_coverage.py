@@ -128,9 +128,10 @@ def drawn(
         (CLEAN, Clipped(0.3, 0.8), False),
         (SEED, Bernoulli(), True),
         (NOISY, ExactCount(), False),
+        (NOISY, ExactCount({0.5: 0.7, 2.0: 0.3}), False),
         (SAME, Bernoulli("cosine"), False),
     ],
-    ids=["clean-ar", "clean", "seed-ar", "noisy", "same"],
+    ids=["clean-ar", "clean", "seed-ar", "noisy", "noisy-left", "same"],
 )
 def test_what_is_said_to_be_trained_is_what_training_draws(layout, alignment, noise, with_ar):
     """Documents of several lengths, a prompt and a chat of two turns."""
@@ -320,6 +321,9 @@ def test_traces_are_the_calls_that_were_made(alignment, policy):
     if alignment.first_is_clean:
         seen.update((step.start, 1, 0) for step in watched if step.step == 0)
     traced = traced_calls(alignment, prompt=3, block_size=5, context=64, blocks=output.blocks, steps=output.steps)
+    sets = Counter(tuple(t is None for t in step.tokens) for step in watched if None in step.tokens)
+    kept = [tuple([False] * (5 - n) + row) for n, rows in traced.sets.items() for row in rows.tolist()]
+    assert Counter(kept) == sets
     assert {tuple(cell): times for cell, times in zip(traced.cells.tolist(), traced.times.tolist())} == seen
     if policy != "threshold":
         dry = decode(policy, alignment, prompt=3, block_size=5, new_tokens=20)

@@ -213,6 +213,7 @@ def eval_coverage(
     policy: PolicyName = "threshold",
     threshold: Threshold = None,
     per_step: PerStep = None,
+    left_bias: LeftBias = None,
     data: Annotated[list[Path] | None, typer.Option(help="Ask for an evaluation on this file instead.")] = None,
     block_sizes: Annotated[str, typer.Option(help="With --data: comma-separated block sizes.")] = "1,2,4,8,16",
     offsets: Annotated[str, typer.Option(help="With --data: comma-separated offsets.")] = "0",
@@ -224,15 +225,20 @@ def eval_coverage(
     from blockdiff.api import documents_of
     from blockdiff.runtime import record
 
-    chosen = chosen_policy(policy, threshold, per_step)
+    chosen = chosen_policy(policy, threshold, per_step, left_bias)
     sizes, shifts = whole_numbers(block_sizes, "--block-sizes"), whole_numbers(offsets, "--offsets")
     if data and block_size is not None:
         raise ValueError("--block-size asks about a decoder and --data about an evaluation: give one of them")
     model = load_model(path)
     if data:
         documents = [document for file in data for document in documents_of(model, file)]
-        found = evaluate.evaluation_coverage(model, documents, sizes, shifts)
-        request: dict[str, Any] = {"data": [str(file) for file in data], "block_sizes": sizes, "offsets": shifts}
+        found = evaluate.evaluation_coverage(model, documents, sizes, shifts, left_bias or 0.0)
+        request: dict[str, Any] = {
+            "data": [str(file) for file in data],
+            "block_sizes": sizes,
+            "offsets": shifts,
+            "left_bias": left_bias or 0.0,
+        }
     else:
         size = model.spec.default_block_size if block_size is None else block_size
         found = model.coverage(prompt_tokens, max_new_tokens=max_new_tokens, block_size=size, policy=chosen)
@@ -335,11 +341,17 @@ def _check_coverage(
         policy=policy,
     )
     if found.covered:
+        if found.order_sentence:
+            _warn(f"covered by training, but {found.order_sentence}")
         return
     worst = found.worst
     problem = f"not covered by training ({worst.kind}, {worst.share:.0%} of the calls): {worst.sentence}"
     if strict:
         raise ValueError(f"{problem}; see `blockdiff eval coverage`, or leave --strict-coverage out")
+    _warn(problem)
+
+
+def _warn(problem: str) -> None:
     err.print(f"warning: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 

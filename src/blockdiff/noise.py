@@ -47,6 +47,14 @@ class Noise(ABC):
     def is_bound(self) -> bool:
         """Whether the weighted loss is, in expectation, the NELBO."""
 
+    @property
+    def biases(self) -> dict[float, float]:
+        """The left biases of the orders that reveal what is left unmasked, with their shares, whatever the count.
+
+        {0: 1}: given the count every set is equally likely.
+        """
+        return {0.0: 1.0}
+
     @abstractmethod
     def corrupt(self, block: Tensor, u_block: Tensor, u_token: Tensor) -> Corruption:
         """block [N] ascending from 0; u_block [number of blocks] and u_token [N] uniform in (0, 1), float64."""

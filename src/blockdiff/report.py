@@ -107,11 +107,25 @@ def coverage_summary(result: dict[str, Any]) -> Group:
         ratios = [_times(result[name]) for name in ("max_ratio", "ratio_p99", "ratio_p95")]
         where = "asked / trained" if result["covered"] else "asked / trained where covered"
         parts.append("{}: max {}, p99 {}, p95 {}".format(where, *ratios))
+    parts += _order_lines(result)
     if result["rare"]:
         parts.append(
             f"rare: {_percent(result['rare'])} of the calls are in configurations met less than once on average"
         )
     return Group(*(Text(part) if isinstance(part, str) else part for part in parts))
+
+
+def _order_lines(result: dict[str, Any]) -> list[str]:
+    """What the reveal order has to do with it."""
+    lines = []
+    if result["order_ratio"] is not None:
+        known = "" if result["order_exact"] else " or more (of the masked sets that were looked at)"
+        lines.append(f"of that by the reveal order: up to {_times(result['order_ratio'])}{known}")
+    if result["order_sentence"]:
+        lines.append(result["order_sentence"])
+    if result["order_gain"] is not None:
+        lines.append(f"order gain: {result['order_gain']:+.2f} nats a call (0: trained in uniform order)")
+    return lines
 
 
 def coverage_map(rows: Rows) -> str:
@@ -192,7 +206,7 @@ def _percent(share: float) -> str:
 
 
 def _times(ratio: float) -> str:
-    return f"{ratio:,.0f} ×" if ratio >= 100 else f"{ratio:.3g} ×"
+    return f"{ratio:,.0f} ×" if 100 <= ratio < 1e9 else f"{ratio:.3g} ×"
 
 
 def _text(path: Path) -> str:

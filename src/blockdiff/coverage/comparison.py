@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blockdiff.coverage.order import log_ways
 from blockdiff.coverage.requested import Calls
+from blockdiff.coverage.set_ratios import SetsAsked
 from blockdiff.coverage.trained import TOLERANCE, Cell, Trained, masks_of
 
 RARE_VISITS = 1.0
@@ -38,6 +40,20 @@ class Coverage:
     are none), percentiles weighted by pi. rare: share of the calls whose configuration training could have met but is
     expected to have met less than RARE_VISITS times (None: how much was trained is unknown). octaves: the same by
     octaves of p and w, JSON-ready.
+
+    Where pi's order is known ratios are those of (p, w, k, M), M the masked tokens. order_ratio: the largest
+    pi(M | n, k) / mu(M | n, k) of them; order_exact: whether that is the true maximum or the largest over some sets
+    (`set_ratios`). Where sets are drawn the percentiles and `rare` are estimates. For `rare` a set whose ratio is r > 1
+    counts as met r times less often than its (p, w, k). order_sentence: what is rare, where order_ratio is large. All
+    three are None for an unknown order: then ratios are those of (p, w, k), and the bound is one on losses averaged
+    over the sets that training draws.
+
+    order_gain: of traces, where the sets are known, in nats: the mean over the calls with a choice (0 < k < n) of
+
+        log( P_mu(M | n, k) * C(n, k) )  =  how much likelier training makes the set than a uniform order would,
+
+    on average KL(sets asked for || uniform) - KL(sets asked for || training's): 0 for a model trained in uniform order,
+    above 0 where training's order suits the decoder better. None where no set is known.
     """
 
     calls: float
@@ -48,6 +64,10 @@ class Coverage:
     ratio_p99: float | None
     rare: float | None
     octaves: tuple[dict[str, Any], ...]
+    order_ratio: float | None = None
+    order_exact: bool | None = None
+    order_sentence: str | None = None
+    order_gain: float | None = None
 
     @property
     def covered(self) -> bool:
@@ -59,7 +79,10 @@ class Coverage:
         return max(self.violations, key=lambda violation: violation.calls)
 
     def excess_risk_bound(self, excess_under_mu: float) -> float:
-        """Largest excess risk under pi of a model with this one under mu; infinite where something is uncovered."""
+        """Largest excess risk under pi of a model with this one under mu; infinite where something is uncovered.
+
+        Proven unless order_exact is False; where the order is unknown, of risks averaged over training's sets.
+        """
         if self.max_ratio is None or not self.covered:
             return math.inf
         return self.max_ratio * excess_under_mu
@@ -77,19 +100,40 @@ def compare(mu: Trained, pi: Calls) -> Coverage:
     share = visits / mu.calls
     known = share > TOLERANCE
     ratio = asked[known] / share[known]
+    sizes, masks = pi.cells[known][:, 1:].T
+    order = SetsAsked.of(pi.order, mu.order, torch.tensor([masks_of(mu.alignment, w) for w in sizes.tolist()]), masks)
+    max_ratio = order.exp(float((ratio.log() + order.largest).max())) if len(ratio) else None
     rare = None
     if mu.tokens:
-        rare = float(asked[known & (visits * mu.spans_trained < RARE_VISITS)].sum())
+        met = visits[known] * mu.spans_trained / RARE_VISITS
+        rare = float(asked[known] @ torch.where(met < 1, 1.0, order.share_above(met.log())))
+
+    def percentile(level: float) -> float | None:
+        return None if max_ratio is None else order.quantile(ratio.log(), asked[known], level)
+
     return Coverage(
         calls=pi.total,
         uncovered=float(asked[~known].sum()),
         violations=_violations(mu, pi, ~known),
-        max_ratio=float(ratio.max()) if len(ratio) else None,
-        ratio_p95=_quantile(ratio, asked[known], 0.95),
-        ratio_p99=_quantile(ratio, asked[known], 0.99),
+        max_ratio=max_ratio,
+        ratio_p95=percentile(0.95),
+        ratio_p99=percentile(0.99),
         rare=rare,
         octaves=_octaves(mu, pi.cells, asked, known),
+        order_ratio=order.ratio,
+        order_exact=order.exact,
+        order_sentence=order.sentence,
+        order_gain=_order_gain(mu, pi),
     )
+
+
+def _order_gain(mu: Trained, pi: Calls) -> float | None:
+    gains = []
+    for n, sets in pi.sets.items():
+        chosen = sets[~sets.all(1)]
+        gains.append(mu.order.log_probability(chosen) + log_ways(n, chosen.sum(1)))
+    every = torch.cat(gains) if gains else torch.zeros(0)
+    return float(every.mean()) if len(every) else None
 
 
 def _violations(mu: Trained, pi: Calls, unknown: Tensor) -> tuple[Violation, ...]:
@@ -154,15 +198,6 @@ def _block(cell: Cell) -> str:
 
 def _nearest(values: Tensor, value: int) -> int:
     return int(values[(values - value).abs().argmin()])
-
-
-def _quantile(values: Tensor, weight: Tensor, level: float) -> float | None:
-    """Smallest value that at least `level` of the weight does not exceed."""
-    if not len(values):
-        return None
-    order = values.argsort()
-    below = weight[order].cumsum(0) / weight.sum()
-    return float(values[order[min(int((below < level - 1e-12).sum()), len(values) - 1)]])
 
 
 def _octaves(mu: Trained, cells: Tensor, asked: Tensor, known: Tensor) -> tuple[dict[str, Any], ...]:

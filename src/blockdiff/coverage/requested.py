@@ -1,17 +1,18 @@
 """pi: the calls that a decoder or an evaluation asks for.
 
-Shapes: C cells, B kinds of blocks.
+Shapes: C cells, B kinds of blocks, S sets of masked tokens, n tokens of a block that may be masked.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from blockdiff.coverage.order import Order
 from blockdiff.coverage.trained import masks_of
 from blockdiff.decode import Policy
 from blockdiff.objectives import Alignment
@@ -19,19 +20,36 @@ from blockdiff.objectives import Alignment
 
 @dataclass(frozen=True)
 class Calls:
-    """The calls asked for: cells int64 [C, 3], distinct rows (p, w, k) in ascending order; times float64 [C]."""
+    """The calls asked for: cells int64 [C, 3], distinct rows (p, w, k) in ascending order; times float64 [C].
+
+    left_bias: of the order that reveals a block's tokens, which says which k are masked; None where the order is the
+    model's own choice. sets: the masked sets themselves where they are known, bool [S, n] for every n, one row a call.
+    """
 
     cells: Tensor
     times: Tensor
+    left_bias: float | None = None
+    sets: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
         return float(self.times.sum())
 
+    @property
+    def order(self) -> Order | None:
+        """Which k of a block's masks are left, where that is known."""
+        return None if self.left_bias is None else Order({self.left_bias: 1.0})
+
     @staticmethod
     def cat(parts: Sequence[Calls]) -> Calls:
-        """All calls of several requests."""
-        return _calls(torch.cat([part.cells for part in parts]), torch.cat([part.times for part in parts]))
+        """All calls of several requests; raises ValueError where their orders differ."""
+        biases = {part.left_bias for part in parts}
+        if len(biases) > 1:
+            raise ValueError(f"calls of different reveal orders (left_bias {biases}): compare them one by one")
+        cells, times = _sum(torch.cat([part.cells for part in parts]), torch.cat([part.times for part in parts]))
+        sizes = {n for part in parts for n in part.sets}
+        sets = {n: torch.cat([part.sets[n] for part in parts if n in part.sets]) for n in sorted(sizes)}
+        return Calls(cells, times, biases.pop(), sets)
 
 
 def decode_calls(
@@ -40,7 +58,7 @@ def decode_calls(
     """A dry run of decoding `new_tokens` after a prompt of `prompt` tokens, the last block cut where the context ends.
 
     With a fixed number of tokens a step the masks left are known: n, n - per_step, ... A threshold may ask for any
-    number that `per_step` allows, and each is counted once.
+    number that `per_step` allows, and each is counted once. The order is known of a `random` policy only.
     """
     if block_size < 1 or new_tokens < 1 or prompt < 1:
         raise ValueError(
@@ -62,13 +80,17 @@ def decode_calls(
             times[n] = 1
         return times
 
-    return _of_blocks(alignment, torch.tensor(blocks), torch.ones(len(blocks), dtype=torch.float64), asked)
+    calls = _of_blocks(alignment, torch.tensor(blocks), torch.ones(len(blocks), dtype=torch.float64), asked)
+    return replace(calls, left_bias=policy.left_bias if policy.score == "random" else None)
 
 
-def grid_calls(alignment: Alignment, spans: Mapping[tuple[int, int, int], int], block_size: int) -> Calls:
+def grid_calls(
+    alignment: Alignment, spans: Mapping[tuple[int, int, int], int], block_size: int, left_bias: float = 0.0
+) -> Calls:
     """An evaluation on a grid: one call for each block, every number of masks equally often.
 
-    spans: how many there are of (given tokens before, scored tokens, tokens of the shortened first block).
+    spans: how many there are of (given tokens before, scored tokens, tokens of the shortened first block); left_bias:
+    of the order whose bound is measured.
     """
     places = []
     for (given, scored, head), count in spans.items():
@@ -83,7 +105,7 @@ def grid_calls(alignment: Alignment, spans: Mapping[tuple[int, int, int], int], 
     def asked(n: int) -> Tensor:
         return torch.tensor([0.0] + [1 / n] * n, dtype=torch.float64)
 
-    return _of_blocks(alignment, blocks, times, asked)
+    return replace(_of_blocks(alignment, blocks, times, asked), left_bias=left_bias)
 
 
 def traced_calls(
@@ -91,9 +113,11 @@ def traced_calls(
 ) -> Calls:
     """The calls that an output was made with: its `blocks` (tokens delivered of each) and `steps` (of each token).
 
-    Of a block that ended early only the first call is known, and only that is counted.
+    The steps tell which tokens were masked at each call. Of a block that ended early only the first call is known, and
+    only that is counted.
     """
     seen: Counter[tuple[int, int, int]] = Counter()
+    sets: dict[int, list[Tensor]] = {}
     at = 0
     for delivered in blocks:
         size = min(block_size, context - prompt - at)
@@ -102,11 +126,16 @@ def traced_calls(
         if n < size:
             seen[prompt + at, 1, 0] += 1
         last = max(filled, default=0) if delivered == size else 1
-        for step in range(1, last + 1) if n else ():
-            seen[prompt + at, size, n if step == 1 else sum(step <= s for s in filled)] += 1
+        masked = torch.ones(min(last, 1), n, dtype=torch.bool)
+        if last > 1:
+            masked = torch.tensor(filled[size - n :]) >= torch.arange(1, last + 1)[:, None]
+        if n:
+            seen.update((prompt + at, size, k) for k in masked.sum(1).tolist())
+            sets.setdefault(n, []).append(masked)
         at += delivered
     cells = torch.tensor(list(seen), dtype=torch.int64).view(-1, 3)
-    return _calls(cells, torch.tensor(list(seen.values()), dtype=torch.float64))
+    calls = _calls(cells, torch.tensor(list(seen.values()), dtype=torch.float64))
+    return replace(calls, sets={n: torch.cat(rows) for n, rows in sets.items()})
 
 
 def _of_blocks(alignment: Alignment, blocks: Tensor, times: Tensor, asked: Callable[[int], Tensor]) -> Calls:

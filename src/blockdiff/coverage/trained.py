@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blockdiff.coverage.order import Order, first_masked
 from blockdiff.distributions import AR, Full, LayoutDistribution
 from blockdiff.noise import Noise
 from blockdiff.objectives import Alignment
@@ -83,6 +84,11 @@ class Trained:
     tokens: int = 0
 
     @property
+    def order(self) -> Order:
+        """Which k of a block's masks are left when decoding could meet them."""
+        return Order(self.noise.biases, lead=int(not self.alignment.is_bound))
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest document."""
         return max(span.given + span.scored for span in self.spans)
@@ -120,8 +126,7 @@ class Trained:
         if self.alignment.is_bound:
             return self.noise.count_probability(n)
         # `noisy` masks any of the `size` tokens; decoding meets only the draws whose first token is clean
-        k = torch.arange(n + 1, dtype=torch.float64)
-        return self.noise.count_probability(size)[: n + 1] * (size - k) / size
+        return (self.noise.count_probability(size) * (1 - _first_masked(self.noise, size)))[: n + 1]
 
     def visits(self, cells: Tensor) -> Tensor:
         """Expected calls of a span in each cell: cells int64 [C, 3] -> float64 [C]."""
@@ -189,9 +194,13 @@ def _reads_of_span_starts(layout: LayoutDistribution, noise: Noise, spans: Seque
     for given, scored, share in spans:
         sizes = layout.configurations(scored)[0]
         for size in sizes.nonzero()[:, 0].tolist():
-            mean = noise.count_probability(size) @ torch.arange(size + 1, dtype=torch.float64)
-            reads[given] += share * sizes[size] * mean / size
+            reads[given] += share * sizes[size] * (noise.count_probability(size) @ _first_masked(noise, size))
     return reads
+
+
+def _first_masked(noise: Noise, size: int) -> Tensor:
+    """P(the first of `size` maskable tokens is masked | k of them are), k = 0..size: [size + 1]."""
+    return first_masked(size, tuple(noise.biases.items()))
 
 
 def _blocks(layout: LayoutDistribution, spans: Sequence[SpanShare]) -> Tensor:

@@ -80,7 +80,11 @@ def output_coverage(
 
 
 def evaluation_coverage(
-    model: BlockDiffusionModel, documents: Sequence[Document], block_sizes: Sequence[int], offsets: Sequence[int] = (0,)
+    model: BlockDiffusionModel,
+    documents: Sequence[Document],
+    block_sizes: Sequence[int],
+    offsets: Sequence[int] = (0,),
+    left_bias: float = 0.0,
 ) -> Coverage:
     """The configurations that `bound` scores with the same arguments; raises ValueError as it does."""
     check_bound(model, documents, block_sizes, offsets)
@@ -92,5 +96,5 @@ def evaluation_coverage(
                 for window in windows(model, documents, size, offset)
                 for given, scored in window.document.spans()
             )
-            grids.append(grid_calls(model.spec.alignment, spans, size))
+            grids.append(grid_calls(model.spec.alignment, spans, size, left_bias))
     return compare(trained_calls(model), Calls.cat(grids))
