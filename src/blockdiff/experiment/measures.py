@@ -15,8 +15,10 @@ from typing import Any
 
 from blockdiff.api import documents_of, load
 from blockdiff.building import encoder_of, objective_of, training_rows
+from blockdiff.curriculum import adaptive
 from blockdiff.data import Document, Encoder
 from blockdiff.decode import Sampling
+from blockdiff.distributions import AdaptiveMixture
 from blockdiff.engine import Output, Request
 from blockdiff.evaluate import GenerationRow, answer_questions, bound, document_nll, gradient_variance, read_questions
 from blockdiff.evaluate.generation import Question
@@ -104,7 +106,12 @@ def _bounds(model: BlockDiffusionModel, documents: Sequence[Document], evaluate:
 
 
 def _gradient_noise(model: BlockDiffusionModel, run: Run, settings: Variance, seed: int) -> list[Measured]:
-    """Variance of the training gradient over the squared norm of its mean (`evaluate.variance`)."""
+    """Variance of the training gradient over the squared norm of its mean (`evaluate.variance`).
+
+    None for noise or shares that were learned: what they were at the end is not part of a finished run.
+    """
+    if adaptive(run.config.noise) is not None or isinstance(run.config.layout, AdaptiveMixture):
+        return []
     _, rows = training_rows(run.config, encoder_of(model))
     found = gradient_variance(
         model,
