@@ -17,7 +17,7 @@ import tiny
 import torch
 from conftest import write_corpus
 
-from blockdiff.experiment import page
+from blockdiff.experiment.page import page as page_of_results
 from blockdiff.loading import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -143,7 +143,7 @@ def test_the_tests_that_pages_name_exist():
 def test_the_page_of_results_is_made_from_the_saved_summaries():
     """Words beside them, every number from the JSON: an edited or outdated page fails."""
     folder = ROOT / "docs" / "results"
-    assert (ROOT / "docs" / "results.md").read_text() == page(folder, "results")
+    assert (ROOT / "docs" / "results.md").read_text() == page_of_results(folder, "results")
     for summary in folder.glob("*.json"):
         assert (folder / f"{summary.stem}.png").exists()
         assert (ROOT / "experiments" / f"{summary.stem}.yaml").exists()
