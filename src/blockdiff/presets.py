@@ -35,8 +35,8 @@ PRESETS: dict[str, Preset] = {
     "bd3lm": Preset(
         "BD3-LM (arXiv 2503.09573): one block size, block-causal clean context, clipped mask rates whose range is "
         "searched on validation data. Ours: no redrawing of masks (the authors' scripts redraw, which never trains the "
-        "fully masked block that decoding begins with; set noise.redraw: true for it). Numbers for the noise alone: E1 in "
-        "docs/results.md (searched 3.467, the paper's fixed interval 3.389, exact counts 3.443 nats a token at b = 16).",
+        "fully masked block that decoding begins with; set noise.redraw: true for it). Numbers, noise alone: E1 in "
+        "docs/results.md (b = 16: searched 3.467, the paper's fixed interval 3.389, exact counts 3.443 nats a token).",
         {
             "layout": {"kind": "fixed", "size": 16},
             "model": {"clean_context": "block_causal", "prediction": "same"},
@@ -52,8 +52,8 @@ PRESETS: dict[str, Preset] = {
     "nbdiff": Preset(
         "NBDiff (arXiv 2512.06776): an AR checkpoint adapted with a causal clean context, shifted logits, an AR loss "
         "of weight 0.5 and blocks growing 1 -> 32 in the first 5/8 of the steps; unweighted cross-entropy. Ours: exact "
-        "counts, and a block's first token read from the clean stream, as decoding does. Numbers, one part at a time: E3 in "
-        "docs/results.md (at 300K tokens growth ends at 3.672 nats a token at b = 16, without it at 3.464).",
+        "counts, and a block's first token read from the clean stream, as decoding does. Numbers: E3 in docs/results.md "
+        "(at 300K tokens growth ends at 3.672 nats a token at b = 16, without it at 3.464).",
         {
             "layout": {"kind": "fixed", "size": 32},
             "growth": {"shape": "geometric", "until": 0.625},
@@ -73,8 +73,8 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "classical_sft": Preset(
-        "Classical SFT of masked diffusion models (LLaDA, arXiv 2502.09992): the whole answer is one block. Number: E4 in "
-        "docs/results.md (exact match 0.24 after 120 steps, decoded in blocks of 8).",
+        "Classical SFT of masked diffusion models (LLaDA, arXiv 2502.09992): the whole answer is one block. Number: "
+        "E4 in docs/results.md (exact match 0.24 after 120 steps, decoded in blocks of 8).",
         {"layout": {"kind": "full"}},
     ),
     "sdar": Preset(
