@@ -52,7 +52,7 @@ PRESETS: dict[str, Preset] = {
     "nbdiff": Preset(
         "NBDiff (arXiv 2512.06776): an AR checkpoint adapted with a causal clean context, shifted logits, an AR loss "
         "of weight 0.5 and blocks growing 1 -> 32 in the first 5/8 of the steps; unweighted cross-entropy. Ours: exact "
-        "counts, and a block's first token read from the clean stream, as decoding does. Numbers: E3 in docs/results.md "
+        "counts, and a block's first token read from the clean stream, as decoding does. Numbers: E3, docs/results.md "
         "(at 300K tokens growth ends at 3.672 nats a token at b = 16, without it at 3.464).",
         {
             "layout": {"kind": "fixed", "size": 32},
