@@ -71,8 +71,28 @@ def test_rejected_tokens_must_be_hidden(monkeypatch):
     request = Request((5, 9, 11), 24, 6, Policy("random", None, 3), Sampling(1.0), seed=1, lossless=True)
     expected = ar(model, request).tokens
     assert generate(model, [request])[0].tokens == expected
-    monkeypatch.setattr(Past, "hide_last", lambda self, hidden: None)
+    monkeypatch.setattr(Past, "forget", lambda self, dead: None)
     assert generate(model, [request])[0].tokens != expected
+
+
+def test_the_cache_stays_as_wide_as_the_texts(monkeypatch):
+    """Rows that keep different numbers leave holes; they are closed, so a long text needs no more than itself."""
+    model, forget, seen = model_of(smooth=False), Past.forget, []
+
+    def watched(past: Past, dead: torch.Tensor) -> None:
+        forget(past, dead)
+        layer = past.cache.layers[0]
+        assert layer.keys.shape[2] == layer.values.shape[2] == past.tokens.shape[1]
+        seen.append((past.tokens.shape[1], int((past.tokens.doc >= 0).sum(1).max())))
+
+    monkeypatch.setattr(Past, "forget", watched)
+    draft = Request((3, 4, 5), 80, 16, Policy("random", None, 15), Sampling(1.0), lossless=True)
+    requests = [replace(draft, seed=seed) for seed in range(4)]
+    requests[0] = replace(requests[0], policy=POLICIES["random_order"])
+    for request, output in zip(requests, generate(model, requests), strict=True):
+        assert output.tokens == ar(model, request).tokens
+    assert all(width <= fullest + fullest // 4 for width, fullest in seen)
+    assert any(width > fullest for width, fullest in seen)  # holes there were
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", "gpt_neox"])

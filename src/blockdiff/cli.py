@@ -127,7 +127,8 @@ def generate(
     chosen = chosen_policy(policy, threshold, per_step, left_bias)
     sampling = Sampling(temperature, top_k, top_p)
     model = load_model(path)
-    _check_coverage(model, prompt, max_new_tokens, block_size, chosen, strict_coverage)
+    covered_size = 1 if lossless else block_size  # a draft that training does not cover costs speed, not text
+    _check_coverage(model, prompt, max_new_tokens, covered_size, chosen, strict_coverage)
     single = len(prompt) == 1
     show = _StepPrinter(model) if show_steps else None
     stream = _Stream(prompt[0]) if single and not show_steps else None

@@ -141,20 +141,31 @@ class Past:
         if self.tokens is not None:
             self.tokens = self.tokens[rows]
 
-    def hide_last(self, hidden: Tensor) -> None:
-        """Take some of the last W tokens out of every document, so that nobody sees them: hidden bool [B, W].
+    def forget(self, dead: Tensor) -> None:
+        """Take back some of the last n tokens, dead bool [B, n]: they belong to no document now, so nobody sees them.
 
-        What is hidden in all rows at the end is dropped.
+        Rows may take back different numbers. Columns at the end that no row needs are cut off; holes between tokens
+        are closed when they make the cache wider than its fullest row by more than a quarter.
         """
         assert self.tokens is not None
-        width = hidden.shape[1]
         doc = self.tokens.doc.clone()
-        doc[:, -width:] = doc[:, -width:].masked_fill(hidden, -1)
+        doc[:, -dead.shape[1] :].masked_fill_(dead, -1)
+        live = doc >= 0
+        width, fullest = int(live.any(0).nonzero().max()) + 1, int(live.sum(1).max())
         self.tokens = replace(self.tokens, doc=doc)
-        dropped = int(hidden.all(0).long().flip(0).cumprod(0).sum())
-        if dropped:
-            self.cache.crop(-dropped)
-            self.tokens = self.tokens[:, :-dropped]
+        if width - fullest > fullest // 4:
+            self._take((~live).to(torch.uint8).argsort(dim=1, stable=True)[:, :fullest])
+        elif width < live.shape[1]:
+            self.cache.crop(width - live.shape[1])
+            self.tokens = self.tokens[:, :width]
+
+    def _take(self, source: Tensor) -> None:
+        """Keep the tokens `source` [B, K'] of each row, in that order."""
+        assert self.tokens is not None
+        self.tokens = self.tokens.take(source)
+        for layer in self.cache.layers:
+            if layer.get_seq_length() > 0:
+                layer.keys, layer.values = _columns(layer.keys, source), _columns(layer.values, source)
 
 
 class BlockDiffusionModel(nn.Module):
@@ -318,6 +329,11 @@ class BlockDiffusionModel(nn.Module):
             return None
         hidden, *rest = inputs
         return (hidden.flatten(0, 1)[self._read][None], *rest)
+
+
+def _columns(cached: Tensor, index: Tensor) -> Tensor:
+    """Tokens index [B, K'] of each row of keys or values [B, G, K, D]."""
+    return cached.gather(2, index[:, None, :, None].expand(-1, cached.shape[1], -1, cached.shape[3]))
 
 
 def _kind(backbone: PreTrainedModel) -> str:

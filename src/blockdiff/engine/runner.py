@@ -178,35 +178,38 @@ class _Batch:
         return True
 
     def finish(self) -> None:
-        """Verify the blocks of lossless rows, deliver all blocks, drop finished rows, and commit the others' blocks."""
-        verified = bool(self.lossless.any())
-        if verified:
-            self._verify()
-        going = [self._deliver(at, row) for at, row in enumerate(self.rows.tolist())]
-        if not all(going):
-            self._keep(torch.tensor(going).nonzero()[:, 0])
+        """Deliver the finished blocks, drop finished rows, and commit the others' blocks to the cache.
+
+        The drafts of lossless rows are delivered after that pass, as far as it proves them.
+        """
+        self._deliver_rows(~self.lossless)
         if not len(self.rows):
             return
-        if not verified:
+        for row, drafted in zip(self.rows.tolist(), self.lossless.tolist(), strict=True):
+            self.outputs[row].verify_forwards += drafted
+            self.outputs[row].commit_forwards += not drafted
+        if bool(self.lossless.any()):
+            self._verify()
+            self._deliver_rows(self.lossless)
+        else:
             self.next_logits = self._clean_pass(self.ids, self._clean_map(), self.size[:, None] - 1)[:, 0]
         self.last = self.ids.gather(1, self.size[:, None] - 1)[:, 0]
         self.position = self.position + self.size
-        for row in self.rows[~self.lossless.cpu()].tolist():
-            self.outputs[row].commit_forwards += 1
 
     def _verify(self) -> None:
-        """Commit every row's block before it is delivered; of lossless rows keep what the AR model agrees to.
-
-        In the cache a rejected slot belongs to no document from then on.
-        """
+        """The clean pass where some blocks are drafts: these shrink to what it proves, in `size` and in the cache."""
         logits = self._clean_pass(self.ids, self._clean_map(), self.slot.expand_as(self.ids))
         own = agreed(logits, self.ids, self.u, self.used, self.sampling)
         self.size = torch.where(self.lossless, own, self.size)
-        self.used = self.slot < self.size[:, None]
-        self.past.hide_last(~self.used)
+        self.past.forget(self.slot >= self.size[:, None])
         self.next_logits = logits[torch.arange(len(logits), device=logits.device), self.size - 1]
-        for row in self.rows[self.lossless.cpu()].tolist():
-            self.outputs[row].verify_forwards += 1
+
+    def _deliver_rows(self, final: Tensor) -> None:
+        """Deliver the blocks of the rows `final` bool [R], and go on without the requests that they finish."""
+        rows = enumerate(zip(self.rows.tolist(), final.tolist(), strict=True))
+        going = [not ready or self._deliver(at, row) for at, (row, ready) in rows]
+        if not all(going):
+            self._keep(torch.tensor(going).nonzero()[:, 0])
 
     def _clean_map(self) -> TokenMap:
         """The open blocks as clean tokens."""
@@ -290,7 +293,7 @@ class _Batch:
         if len(kept):
             self.past.select(kept)
         columns = ("position", "seed", "random", "per_step", "threshold", "left_bias", "last", "lossless", "size")
-        for name in (*columns, "used", "place", "ids", "next_logits"):
+        for name in (*columns, "used", "place", "ids", "u", "next_logits"):
             setattr(self, name, getattr(self, name)[kept])
         self.sampling = self.sampling.select(kept)
 
