@@ -142,6 +142,13 @@ def test_ar_and_full_are_the_two_ends():
     assert Geometric(1).token_share(50)[1] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("count", range(2, 40))
+def test_shares_that_were_saved_come_back_to_the_last_digit(count):
+    for kind in (Mixture, AdaptiveMixture):
+        made = kind(dict.fromkeys(range(1, count + 1), 1.0)) if kind is Mixture else kind(tuple(range(1, count + 1)))
+        assert distributions.from_dict(distributions.to_dict(made)) == made
+
+
 def test_scale_mixture_covers_every_configuration_and_its_atoms_have_their_shares():
     distribution = ScaleMixture(32, {8: 0.4})
     support = distribution.support(64)

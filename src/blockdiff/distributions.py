@@ -414,6 +414,7 @@ def _normalised(kind: str, shares: dict[Any, float]) -> dict[int, float]:
     if not shares or not all(0 < share < float("inf") for share in shares.values()):
         raise ValueError(f"layout {kind}: shares {shares} must be positive, one for each block size")
     total = sum(shares.values())
+    total = 1.0 if abs(total - 1) < 1e-9 else total  # what was normalised once stays as it is, to the last digit
     result = {int(size): float(share) / total for size, share in shares.items()}
     for size in result:
         _check_size(size)

@@ -91,6 +91,7 @@ class ExactCount(Noise):
             if not shares or min(shares.values()) <= 0:
                 raise ValueError(f"noise exact_count: left_bias {self.left_bias} needs positive shares, one for a beta")
             total = sum(shares.values())
+            total = 1.0 if abs(total - 1) < 1e-9 else total  # what was normalised once stays as it is
             object.__setattr__(self, "left_bias", {beta: share / total for beta, share in shares.items()})
         if any(not 0 <= beta < math.inf for beta in self.biases):
             raise ValueError(f"noise exact_count: left_bias {self.left_bias} must be 0 (uniform order) or more")
