@@ -244,11 +244,10 @@ class BlockDiffusionModel(nn.Module):
         """
         if self.adapter is not None and self.adapter.frozen:
             noisy = int(tokens.noisy[0].sum())
+            if not noisy:
+                return self._unadapted_pass(ids, tokens, read, past, keep)
             if noisy < ids.shape[1]:
-                if noisy:
-                    return self._frozen_pass(ids, tokens, noisy, read)
-                with self.adapter.off(), torch.no_grad():
-                    return self._pass(ids, tokens, read, past, keep)
+                return self._frozen_pass(ids, tokens, noisy, read)
         return self._pass(ids, tokens, read, past, keep, annealing)
 
     def attach_adapter(self, settings: Adapter) -> None:
@@ -258,24 +257,29 @@ class BlockDiffusionModel(nn.Module):
         self.adapter = AttachedAdapter(self.backbone, settings, self.spec.mask_id)
 
     def _frozen_pass(self, ids: Tensor, tokens: TokenMap, noisy: int, read: Tensor | None) -> Tensor:
-        """[noisy ; clean] in two: the clean stream without the adapter and its gradient, then the noisy one over it."""
+        """[noisy ; clean] in two: the clean stream without the adapter and its gradient, then the noisy one over it.
+
+        Neither calls `forward`: accelerate wraps that in one autocast, which does not end when it is entered twice.
+        """
         width = ids.shape[1]
         read = torch.arange(ids.numel(), device=ids.device) if read is None else read
         row, column = read // width, read % width
         from_clean = column >= noisy
         past = Past()
-        clean = self(
-            ids[:, noisy:],
-            tokens[:, noisy:],
-            read=(row * (width - noisy) + column - noisy)[from_clean],
-            past=past,
-            keep=True,
-        )
-        denoised = self(ids[:, :noisy], tokens[:, :noisy], read=(row * noisy + column)[~from_clean], past=past)
+        read_clean, read_noisy = row * (width - noisy) + column - noisy, row * noisy + column
+        clean = self._unadapted_pass(ids[:, noisy:], tokens[:, noisy:], read_clean[from_clean], past, True)
+        denoised = self._pass(ids[:, :noisy], tokens[:, :noisy], read_noisy[~from_clean], past, False)
         logits = torch.empty(len(read), denoised.shape[1], dtype=denoised.dtype, device=denoised.device)
         places = torch.arange(len(read), device=read.device)
         logits = logits.index_copy(0, places[from_clean], clean)
         return logits.index_copy(0, places[~from_clean], denoised)
+
+    def _unadapted_pass(
+        self, ids: Tensor, tokens: TokenMap, read: Tensor | None, past: Past | None, keep: bool
+    ) -> Tensor:
+        assert self.adapter is not None
+        with self.adapter.off(), torch.no_grad():
+            return self._pass(ids, tokens, read, past, keep)
 
     def _pass(
         self,
