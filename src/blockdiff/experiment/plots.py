@@ -63,20 +63,24 @@ def _answers(axes: Axes, summary: Summary, rows: Rows) -> None:
 
 
 def _frontier(axes: Axes, summary: Summary, rows: Rows) -> None:
+    """A point for each way of decoding: ways of different kinds have no line between them."""
     speed = {(r["setting"], r["place"]["decode"]): r["value"] for r in _of(summary, "tokens_per_forward")}
     for number, setting in enumerate(summary["settings"]):
         mine = [row for row in rows if row["setting"] == setting]
-        mine.sort(key=lambda row: speed[setting, row["place"]["decode"]])
-        _line(axes, number, setting, [speed[setting, row["place"]["decode"]] for row in mine], mine)
+        _line(axes, number, setting, [speed[setting, row["place"]["decode"]] for row in mine], mine, joined=False)
+        for row in mine if number == 0 else ():
+            place = (speed[setting, row["place"]["decode"]], row["value"])
+            axes.annotate(row["place"]["decode"], place, xytext=(5, 5), textcoords="offset points", fontsize="x-small")
     axes.set(xlabel="tokens per forward, commits counted", ylabel="nats per token under the judge")
 
 
-def _line(axes: Axes, number: int, label: str, places: list[float], rows: Rows) -> None:
+def _line(axes: Axes, number: int, label: str, places: list[float], rows: Rows, *, joined: bool = True) -> None:
     axes.errorbar(
         places,
         [row["value"] for row in rows],
         yerr=[row["sd"] or 0.0 for row in rows],  # no bar where one seed leaves the spread unknown
         marker="osD^v"[number // 10 % 5],
+        linestyle="-" if joined else "none",
         markersize=4,
         capsize=3,
         color=f"C{number % 10}",
