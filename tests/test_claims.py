@@ -48,7 +48,8 @@ def test_pairs_are_paired_and_places_must_all_hold():
     found = judge(claim, lambda setting, measure, at: by_size[at["block_size"]])
     assert [one["outcome"] for one in found["verdicts"]] == ["holds", "does not hold"]
     assert found["outcome"] == "does not hold"
-    assert judge(claim, lambda setting, measure, at: {}) is None
+    missing = judge(claim, lambda setting, measure, at: by_size[4] if at == {"block_size": 4} else {})
+    assert (missing["outcome"], missing["verdicts"]) == ("not measured", [])
 
 
 @pytest.mark.parametrize(

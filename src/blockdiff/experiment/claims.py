@@ -17,8 +17,8 @@ from blockdiff.statistics import paired
 
 Place = dict[str, Any]
 Find = Callable[[str, str, Place], Mapping[int, float]]
-Outcome = Literal["holds", "does not hold", "not decided"]
-_WORST: tuple[Outcome, ...] = ("does not hold", "not decided", "holds")
+Outcome = Literal["holds", "does not hold", "not decided", "not measured"]
+_WORST: tuple[Outcome, ...] = ("not measured", "does not hold", "not decided", "holds")
 
 
 class Claim(BaseModel):
@@ -65,10 +65,11 @@ class Verdict:
     n: int
 
 
-def judge(claim: Claim, find: Find) -> dict[str, Any] | None:
-    """The claim with its verdicts, JSON-ready; None where a number is missing.
+def judge(claim: Claim, find: Find) -> dict[str, Any]:
+    """The claim with its verdicts, JSON-ready.
 
-    find(setting, measure, at) returns {seed: value}. The whole claim's outcome is the worst of its places.
+    find(setting, measure, at) returns {seed: value}. The whole claim's outcome is the worst of its places; one place
+    without a number of both settings makes it "not measured".
     """
     verdicts = []
     for at in claim.at:
@@ -76,7 +77,7 @@ def judge(claim: Claim, find: Find) -> dict[str, Any] | None:
         base = dict.fromkeys(values, 0.0) if claim.baseline is None else find(claim.baseline, claim.measure, at)
         both = [seed for seed in values if seed in base]
         if not both:
-            return None
+            return {**claim.model_dump(mode="json"), "outcome": "not measured", "verdicts": []}
         test = paired([values[seed] - base[seed] for seed in both])
         verdicts.append(Verdict(at, _outcome(claim, test.ci), test.mean, test.ci, test.n))
     outcome = min((verdict.outcome for verdict in verdicts), key=_WORST.index)

@@ -32,7 +32,9 @@ def page(directory: Path, pictures: str) -> str:
     every = [(summary["name"], claim) for summary in summaries for claim in summary["claims"]]
     if every:
         counts = {outcome: sum(claim["outcome"] == outcome for _, claim in every) for outcome in _OUTCOMES}
-        said = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        said = ", ".join(
+            f"{count} {outcome}" for outcome, count in counts.items() if count or outcome != "not measured"
+        )
         parts.append(
             f"## Claims, and what we found\n\n{len(every)} claims: {said}. Each is judged in its section below."
         )
@@ -44,7 +46,7 @@ def page(directory: Path, pictures: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-_OUTCOMES = {"holds": 0, "does not hold": 0, "not decided": 0}
+_OUTCOMES = ("holds", "does not hold", "not decided", "not measured")
 
 
 def _section(directory: Path, summary: Summary, pictures: str) -> list[str]:

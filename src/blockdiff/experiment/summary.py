@@ -68,7 +68,7 @@ def summarise(experiment: Experiment, runs: Sequence[Run], failed: Mapping[str, 
             for name, group in experiment.correlate.items()
             for found in _correlations(values, group)
         ],
-        claims=[claim for claim in (judge(one, find) for one in experiment.claims) if claim is not None],
+        claims=[judge(claim, find) for claim in experiment.claims],
         runs=counted,
         missing=missing,
     )
