@@ -74,7 +74,7 @@ def run_demo(out: Path, *, minutes: float, seed: int, console: Console) -> dict[
     write_json(run.result("speed"), record("demo", seed, rows=speed))
     write_json(run.result("samples"), record("demo", seed, rows=samples))
     for sample in samples:
-        console.print(f"[b]{sample['name']}[/b]")
+        console.print(sample["name"], style="bold", markup=False, highlight=False)
         console.print(sample["prompt"] + "".join(sample["pieces"]), markup=False, highlight=False)
     for row in speed:
         console.print(
