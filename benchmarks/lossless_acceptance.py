@@ -17,7 +17,7 @@ from statistics import fmean
 
 import blockdiff
 from blockdiff.api import documents_of
-from blockdiff.decode import Policy, Sampling
+from blockdiff.decode import Sampling, parse
 from blockdiff.engine import Request, generate
 from blockdiff.files import write_json
 from blockdiff.runtime import quiet_libraries, record, use_available_threads
@@ -62,7 +62,7 @@ def main() -> None:
         expected = [output.tokens for output in generate(model, base)]
         for size in map(int, options.block_sizes.split(",")):
             for steps in (1, 2):
-                policy = Policy(threshold=None, per_step=max(1, math.ceil((size - 1) / steps)))
+                policy = parse(f"fixed({max(1, math.ceil((size - 1) / steps))})")
                 requests = [replace(request, block_size=size, policy=policy, lossless=True) for request in base]
                 outputs = generate(model, requests)
                 kept = [output.tokens_per_verify or 0.0 for output in outputs]

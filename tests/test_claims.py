@@ -109,7 +109,7 @@ def measured(tmp_path_factory) -> Path:
                 "judge": str(folder / "judge" / "checkpoint"),
                 "count": 4,
                 "max_new_tokens": 12,
-                "decodes": {"b1": {"block_size": 1}, "b4": {"block_size": 4, "policy": {"threshold": None}}},
+                "decodes": {"b1": {"block_size": 1}, "b4": {"block_size": 4, "policy": "fixed(1)"}},
             },
         },
         compare=[["bernoulli", "fixed4"]],

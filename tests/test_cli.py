@@ -80,7 +80,7 @@ def test_generate_streams_text_and_writes_json(trained, tmp_path, capsys):
 def test_every_decoding_option_does_something(trained, capsys):
     base = ["generate", trained / "checkpoint", "--prompt", "the", "--max-new-tokens", 24, "--block-size", 8]
     plain = run(*base, capsys=capsys)[1]
-    for options in (["--temperature", 3], ["--policy", "random_order", "--temperature", 2], ["--stop", "a"]):
+    for options in (["--temperature", 3], ["--policy", "first_hitting", "--temperature", 2], ["--stop", "a"]):
         code, out, _ = run(*base, *options, capsys=capsys)
         assert code == 0
         assert out != plain, options
@@ -138,7 +138,7 @@ def test_bad_input_is_one_line_and_exit_code_two(trained, tmp_path, capsys):
         (["eval", "bound", tmp_path / "nothing" / "here", "--data", valid], "no such model directory"),
         (["eval", "bound", tmp_path / "pickle", "--data", valid], "pytorch_model.bin is a pickle"),
         (["generate", model, "--prompt", "the " * 200], "tokens and the model's context holds 128: shorten"),
-        (["generate", model, "--prompt", "a", "--policy", "magic"], "policy 'magic' is unknown; known: threshold"),
+        (["generate", model, "--prompt", "a", "--policy", "magic"], "policy 'magic' is unknown; `blockdiff policies`"),
         (["generate", model, "--prompt", "a", "--temperature", "-1"], "temperature -1.0 is out of range"),
         (["train", tmp_path / "c.yaml"], "unknown key layuot; did you mean layout?"),
         (["train", tmp_path / "none.yaml"], "none.yaml: no such config file"),

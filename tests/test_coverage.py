@@ -31,7 +31,7 @@ from blockdiff.coverage import (
 )
 from blockdiff.coverage.trained import MAX_SPANS
 from blockdiff.data import Document
-from blockdiff.decode import POLICIES, Policy
+from blockdiff.decode import POLICIES, Policy, parse
 from blockdiff.distributions import AR, Fixed, Full, LayoutDistribution, Mixture, RandomOffset, ScaleMixture
 from blockdiff.engine import Request, generate
 from blockdiff.layout import Spans, TokenMap
@@ -265,14 +265,14 @@ def test_first_tokens_are_read_from_the_clean_stream_only_where_it_was_trained()
 def test_policies_ask_for_what_they_visit():
     n = 7
     left = {
-        "random_order": [7, 6, 5, 4, 3, 2, 1],
+        "first_hitting": [7, 6, 5, 4, 3, 2, 1],
         "fixed_count": [7, 5, 3, 1],
         "threshold": [7, 6, 5, 4, 3, 2, 1],
     }
     for policy, expected in left.items():
         asked = decode(policy, new_tokens=8)
         assert sorted((k for _, _, k in asked.cells.tolist() if k), reverse=True) == expected
-    wide = decode(Policy("confidence", 0.9, per_step=3), new_tokens=8)
+    wide = decode(parse("threshold(0.9) + fixed(3)"), new_tokens=8)
     assert [k for _, _, k in wide.cells.tolist() if k] == [1, 2, 3, 4, n]
     for policy in POLICIES:
         assert compare(mu(ScaleMixture(16)), decode(policy)).covered
@@ -309,7 +309,9 @@ def test_rarely_trained_configurations_are_counted_where_the_budget_is_known():
     assert few.covered
 
 
-@pytest.mark.parametrize(("alignment", "policy"), [(CLEAN, "fixed_count"), (SEED, "random_order"), (SAME, "threshold")])
+@pytest.mark.parametrize(
+    ("alignment", "policy"), [(CLEAN, "fixed_count"), (SEED, "first_hitting"), (SAME, "threshold")]
+)
 def test_traces_are_the_calls_that_were_made(alignment, policy):
     """Blocks and steps of an output give the calls that the engine made, step by step."""
     bridge = tiny.model(prediction=alignment.prediction, boundary=alignment.boundary)

@@ -19,7 +19,7 @@ from blockdiff.coverage import Calls, Coverage, Order, compare, grid_calls, trac
 from blockdiff.coverage.order import first_masked, set_log_probability
 from blockdiff.coverage.set_ratios import ENUMERATED, every_set, set_ratios
 from blockdiff.coverage.set_ratios import SAME as SAME_ORDER
-from blockdiff.decode import Policy
+from blockdiff.decode import parse
 from blockdiff.distributions import Fixed, ScaleMixture
 from blockdiff.masking import left_masked
 from blockdiff.model import SPEC_FILE, Spec
@@ -37,7 +37,7 @@ def law(biases: dict[float, float], n: int) -> torch.Tensor:
 
 
 def ask(left_bias: float, **options) -> Calls:
-    return decode(Policy("random", None, 1, left_bias), **options)
+    return decode(parse(f"random({left_bias}) + fixed(1)"), **options)
 
 
 def trace(steps: list[int], alignment=CLEAN) -> Calls:
@@ -301,7 +301,7 @@ def test_real_outputs_are_scored_by_the_order_they_took(trained):
     prompt = len(model.encode("the cat"))
     gains = {}
     for name, left_bias in (("leftish", 6.0), ("uniform", 0.0)):
-        policy = Policy("random", None, 1, left_bias)
+        policy = parse(f"random({left_bias}) + fixed(1)")
         output = model.generate("the cat", max_new_tokens=24, block_size=8, policy=policy)
         for beta in (0.0, 3.0):
             model.spec = replace(model.spec, noise=ExactCount(beta))
@@ -318,11 +318,11 @@ def test_the_command_prints_and_saves_the_order(trained, tmp_path, capsys):
     target = tmp_path / "coverage.json"
     base = ["eval", "coverage", trained / "checkpoint", "--json", target, "--prompt-tokens", 3, "--block-size", 8]
     base += ["--max-new-tokens", 16]
-    left = ["--policy", "random_order", "--left-bias", 3]
+    left = ["--policy", "first_hitting", "--left-bias", 3]
     code, out, _ = run(*base, *left, capsys=capsys)
     result = json.loads(target.read_text())
     model = blockdiff.load(trained / "checkpoint")
-    found = model.coverage(3, max_new_tokens=16, block_size=8, policy=Policy("random", None, 1, 3.0))
+    found = model.coverage(3, max_new_tokens=16, block_size=8, policy=parse("random(3.0) + fixed(1)"))
     assert code == 0
     assert json.loads(json.dumps(found.to_json())).items() <= result.items()
     assert result["order_ratio"] == pytest.approx(float((law({3.0: 1.0}, 7) / law({0.0: 1.0}, 7))[1:].max()))
@@ -354,7 +354,7 @@ def test_the_command_and_the_function_ask_about_a_biased_evaluation(trained, tmp
 
 def test_generate_warns_of_an_order_that_training_seldom_left(trained, capsys):
     base = ["generate", trained / "checkpoint", "--prompt", "the cat", "--block-size", 8, "--max-new-tokens", 16]
-    base += ["--policy", "random_order"]
+    base += ["--policy", "first_hitting"]
     code, _, error = run(*base, "--left-bias", 3, "--strict-coverage", capsys=capsys)
     assert code == 0  # covered, only seldom trained
     assert error.startswith(

@@ -12,10 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockdiff.decode import POLICIES, Policy, Sampling, SamplingBatch, fill, propose
+from blockdiff.decode import POLICIES, Sampling, SamplingBatch, changed, gumbel, parse, propose
+from blockdiff.decode.blocks import ORDER
+from blockdiff.decode.counts import Fixed, Threshold
+from blockdiff.decode.ranking import Ranking
 from blockdiff.engine import Request, Step, generate
-from blockdiff.engine.request import TextStream, pieces
-from blockdiff.engine.runner import _ORDER, _TOKEN
+from blockdiff.engine.stream import TextStream, pieces
 from blockdiff.layout import Layout, TokenMap
 from blockdiff.model import BlockDiffusionModel
 from blockdiff.reference import Block, Reference
@@ -32,10 +34,10 @@ CONVENTIONS = [
 ]
 WAYS = {
     "threshold": (POLICIES["threshold"], Sampling()),
-    "low threshold": (Policy("confidence", 0.05, 1), Sampling(0.9, top_p=0.9)),
+    "low threshold": (parse("threshold(0.05)"), Sampling(0.9, top_p=0.9)),
     "fixed count": (POLICIES["fixed_count"], Sampling(1.0, top_k=7)),
-    "random order": (POLICIES["random_order"], Sampling(1.0)),
-    "left-biased order": (Policy("random", None, 1, left_bias=0.8), Sampling(1.0)),
+    "random order": (POLICIES["first_hitting"], Sampling(1.0)),
+    "left-biased order": (parse("random(0.8) + fixed(1)"), Sampling(1.0)),
 }
 
 
@@ -56,18 +58,23 @@ def uncached(model: BlockDiffusionModel, request: Request, blocks: int) -> list[
 
     def choose(logits, masked, start, step):
         place = start + torch.arange(len(logits))[None]
-        tokens, probability = propose(logits[None], uniform(request.seed, place, _TOKEN), sampling)
+        noise = gumbel(torch.tensor([request.seed]), place, logits.shape[-1])
+        tokens = propose(logits[None], noise, sampling)[0]
         if step == 0:
-            return {0: int(tokens[0, 0])}
-        score = probability
-        if policy.score == "random":
-            gumbel = -(-uniform(request.seed, place, step, _ORDER).log()).log()
-            score = gumbel - policy.left_bias * torch.arange(len(logits))
-        open_places = torch.zeros(1, len(logits), dtype=torch.bool)
-        open_places[0, masked] = True
-        limit = torch.tensor([torch.inf if policy.threshold is None else policy.threshold])
-        now = fill(score, open_places, limit, torch.tensor([policy.per_step]))[0].nonzero()[:, 0].tolist()
-        return {i: int(tokens[0, i]) for i in now}
+            return {0: int(tokens[0])}
+        score = logits.softmax(-1)[torch.arange(len(logits)), tokens]
+        if policy.left_bias is not None:
+            keys = -(-uniform(request.seed, place[0], step, ORDER).log()).log()
+            score = keys - policy.left_bias * torch.arange(len(logits))
+        ranked = sorted(masked, key=lambda i: (-float(score[i]), i))
+        number = 1
+        for count in policy.counts:
+            if isinstance(count, Threshold):
+                number = max(number, sum(float(score[i]) >= count.level for i in masked))
+            if isinstance(count, Fixed):
+                number = max(number, count.count)
+        now = ranked[:number]
+        return {i: int(tokens[i]) for i in now}
 
     return slow.generate(request.prompt, [request.block_size] * blocks, choose)
 
@@ -137,7 +144,7 @@ def test_the_sampled_law_is_the_one_that_is_scored(left_bias):
         }
     assert sum(law.values()) == pytest.approx(1, abs=1e-9)
     count = 4000
-    policy = replace(POLICIES["random_order"], left_bias=left_bias)
+    policy = changed(POLICIES["first_hitting"], left_bias=left_bias)
     requests = [Request((1, 2), 2, 2, policy, Sampling(1.0), seed) for seed in range(count)]
     drawn = [tuple(output.tokens) for output in generate(model, requests)]
     chi = sum((drawn.count(pair) - count * p) ** 2 / (count * p) for pair, p in law.items())
@@ -163,7 +170,7 @@ def test_tokens_and_lengths_are_cut_inside_a_block():
 
 def test_stop_strings_cut_the_text_and_are_never_streamed():
     model = with_tokenizer("shift", "clean", "context_causal")
-    request = Request((5, 9, 4), 40, 4, POLICIES["random_order"], Sampling(1.0), seed=5)
+    request = Request((5, 9, 4), 40, 4, POLICIES["first_hitting"], Sampling(1.0), seed=5)
     whole = generate(model, [request])[0].text
     stop = whole[13:17]
     streamed: list[str] = []
@@ -208,7 +215,7 @@ def test_streams_never_take_text_back(start, chunk):
 def test_steps_show_the_block_filling():
     model = with_tokenizer("shift", "clean", "context_causal")
     steps: list[Step] = []
-    output = generate(model, [Request((5, 9), 8, 4, POLICIES["random_order"], Sampling(1.0))], on_step=steps.append)[0]
+    output = generate(model, [Request((5, 9), 8, 4, POLICIES["first_hitting"], Sampling(1.0))], on_step=steps.append)[0]
     masks = [sum(token is None for token in step.tokens) for step in steps]
     assert masks == [3, 2, 1, 0, 3, 2, 1, 0]
     assert list(steps[-1].tokens) == output.tokens[4:]
@@ -258,9 +265,9 @@ def test_bad_requests_are_refused(changes, message):
         (lambda: Sampling(math.nan), "temperature nan is out of range"),
         (lambda: Sampling(1.0, top_k=-1), "top_k -1 is negative"),
         (lambda: Sampling(1.0, top_p=0.0), "top_p 0.0 is out of range"),
-        (lambda: Policy(threshold=1.5), "threshold 1.5 is out of range"),
-        (lambda: Policy(per_step=0), "per_step 0 fills nothing"),
-        (lambda: Policy("entropy"), "policy score 'entropy' is unknown"),
+        (lambda: parse("threshold(1.5)"), "level 1.5 is out of range"),
+        (lambda: parse("fixed(0)"), "count is 0"),
+        (lambda: parse("entropi + fixed(1)"), "did you mean entropy"),
     ],
 )
 def test_bad_settings_are_refused(make, message):
@@ -275,33 +282,35 @@ def test_fill_is_the_rule_row_by_row(seed):
     rows, places = 4, 7
     score = torch.rand(rows, places, generator=generator, dtype=torch.float64).mul(8).round() / 8  # with ties
     masked = torch.rand(rows, places, generator=generator) < 0.6
-    threshold = torch.rand(rows, generator=generator) * 1.3
     per_step = torch.randint(1, 4, (rows,), generator=generator)
-    got = fill(score, masked, threshold, per_step)
+    ranking = Ranking.of(score, masked)
+    sure = (masked & (score >= 0.5)).sum(1)
+    got = ranking.best(torch.maximum(sure, per_step))
+    assert (ranking.sorted(torch.arange(places).expand(rows, -1)) == ranking.order).all()
     for r in range(rows):
         order = sorted((i for i in range(places) if masked[r, i]), key=lambda i: (-score[r, i], i))
-        sure = [i for i in order if score[r, i] >= threshold[r]]
+        sure = [i for i in order if score[r, i] >= 0.5]
         expected = set(sure) | set(order[: int(per_step[r])])
         assert set(got[r].nonzero()[:, 0].tolist()) == expected
 
 
 def test_sampling_draws_the_filtered_distribution():
     logits = torch.tensor([2.0, 1.0, 0.5, -1.0, -torch.inf]).repeat(1, 60000, 1)
-    u = (torch.arange(60000, dtype=torch.float64)[None] + 0.5) / 60000
-    probability = logits[0, 0].double().softmax(-1)
+    noise = gumbel(torch.tensor([3]), torch.arange(60000)[None], 5)
     for settings_, kept in (
         (Sampling(1.0), 4),
         (Sampling(1.0, top_k=2), 2),
         (Sampling(1.0, top_p=0.7), 2),
         (Sampling(0.5), 4),
     ):
-        tokens, raw = propose(logits, u, SamplingBatch.of([settings_]))
+        tokens = propose(logits, noise, SamplingBatch.of([settings_]))
         expected = (logits[0, 0].double() / settings_.temperature).softmax(-1)
         expected[kept:] = 0
         share = torch.bincount(tokens[0], minlength=5) / 60000
-        torch.testing.assert_close(share.double(), expected / expected.sum(), atol=1e-4, rtol=0)
-        torch.testing.assert_close(raw[0].double(), probability[tokens[0]], atol=1e-6, rtol=0)  # untouched by filters
-    greedy, _ = propose(logits, u, SamplingBatch.of([Sampling()]))
+        expected = expected / expected.sum()
+        error = 5 * (expected * (1 - expected) / 60000).sqrt()
+        assert ((share.double() - expected).abs() <= error).all()
+    greedy = propose(logits, noise, SamplingBatch.of([Sampling()]))
     assert (greedy == 0).all()
 
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -65,6 +66,15 @@ class AttachedAdapter(nn.Module):
         self.mask_row = nn.Parameter(row.detach().clone())
         self._scale = row.detach().norm() / embedding.weight[mask_id].detach().norm()  # Gemma 3 scales inside
         embedding.register_forward_hook(self._mask_embedding)
+        self._off = False
+        self._clean = 0
+        self._sums: dict[Any, tuple[tuple[Any, ...], Tensor]] = {}
+        self._layers: list[Any] = []
+        if self.frozen:  # switched twice for every token that is decoded: peft's own switch takes longer than a pass
+            for module in backbone.modules():
+                if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
+                    object.__setattr__(module, "forward", partial(self._adapted, module))
+                    self._layers.append(module)
 
     @property
     def frozen(self) -> bool:
@@ -74,8 +84,20 @@ class AttachedAdapter(nn.Module):
     @contextmanager
     def off(self) -> Iterator[None]:
         """Run the untouched network."""
-        with self._peft[0].disable_adapter():
+        before, self._off = self._off, True
+        try:
             yield
+        finally:
+            self._off = before
+
+    @contextmanager
+    def after(self, clean: int) -> Iterator[None]:
+        """Run the adapter on the tokens of a pass that follow its first `clean` ones."""
+        self._clean = clean
+        try:
+            yield
+        finally:
+            self._clean = 0
 
     def plain_state(self, backbone: PreTrainedModel) -> dict[str, Tensor]:
         """The network's weights under their own names: untouched for `noisy`, merged for `lora`."""
@@ -112,6 +134,35 @@ class AttachedAdapter(nn.Module):
         with torch.no_grad():
             self.mask_row.copy_(tensors["mask_row"])
         backbone.load_state_dict({n: t for n, t in tensors.items() if n != "mask_row"}, strict=False)
+
+    def _adapted(self, layer: Any, x: Tensor) -> Tensor:
+        """A layer with its low-rank part, on the tokens that it is switched on for."""
+        if self._off:
+            return layer.base_layer(x)
+        if self._clean:
+            clean, noisy = x[:, : self._clean], x[:, self._clean :]
+            return torch.cat([layer.base_layer(clean), self._summed(layer, noisy)], 1)
+        return self._summed(layer, x)
+
+    def _summed(self, layer: Any, x: Tensor) -> Tensor:
+        weight = self._sums.get(layer) if torch.is_inference_mode_enabled() else None
+        if weight is not None:
+            return nn.functional.linear(x, weight[1], layer.base_layer.bias)
+        down, up = layer.lora_A["default"], layer.lora_B["default"]
+        part: Tensor = up(down(layer.lora_dropout["default"](x.to(down.weight.dtype)))) * layer.scaling["default"]
+        out: Tensor = layer.base_layer(x)
+        return out + part.to(out.dtype)
+
+    def prepare(self) -> None:
+        """Before decoding: sum up layers whose low-rank part would cost more than a sixteenth of the layer."""
+        for layer in self._layers if self.frozen else ():
+            base, down, up = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            if not isinstance(base, nn.Linear) or 16 * len(down) * sum(base.weight.shape) < base.weight.numel():
+                continue
+            version = (base.weight._version, down._version, up._version, base.weight.device, base.weight.dtype)
+            if layer not in self._sums or self._sums[layer][0] != version:
+                delta = (up.double() @ down.double()) * layer.scaling["default"]
+                self._sums[layer] = (version, (base.weight.double() + delta).to(base.weight.dtype))
 
     def _mask_embedding(self, embedding: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         masked = inputs[0] == self.mask_id

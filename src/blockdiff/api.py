@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blockdiff import evaluate, loading, training
 from blockdiff.attention import Implementation
@@ -15,11 +17,23 @@ from blockdiff.config import RunConfig, load_config, make_config
 from blockdiff.coverage import Coverage
 from blockdiff.data import Document, read_corpus
 from blockdiff.datafiles import BadRows
-from blockdiff.decode import POLICIES, Policy, Sampling
-from blockdiff.engine import Output, Request, generate
+from blockdiff.decode import Policy, Sampling, named
+from blockdiff.decode.automaton import Automaton, compile_pattern, schema_pattern
+from blockdiff.decode.pieces import token_pieces
+from blockdiff.engine import Output, Request, can_draft_ahead, generate
 from blockdiff.engine.runner import OnStep, OnText
+from blockdiff.engine.stream import pieces
 from blockdiff.evaluate import BoundRow
 from blockdiff.model import BlockDiffusionModel
+
+
+@dataclass(frozen=True)
+class Infilled:
+    """hole: the text that was filled in; text: the whole; output: how it was decoded, the fixed tokens included."""
+
+    hole: str
+    text: str
+    output: Output
 
 
 class Model(BlockDiffusionModel):
@@ -31,40 +45,106 @@ class Model(BlockDiffusionModel):
         *,
         max_new_tokens: int = 128,
         block_size: int | None = None,
-        policy: Policy | str = "threshold",
+        policy: Policy | str | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
         seed: int = 0,
         stop: Sequence[str] = (),
         lossless: bool = False,
+        stepwise: int = 0,
+        regex: str | None = None,
+        json_schema: str | dict[str, Any] | None = None,
         on_text: OnText | None = None,
         on_step: OnStep | None = None,
     ) -> list[Output]:
         """Continue each prompt; prompt number i uses seed + i, and its text does not depend on the others.
 
-        block_size defaults to the checkpoint's own; lossless keeps of every block what the AR model writes itself
-        (`Request`). `on_text(number, piece)` receives final text only. Raises
-        ValueError for what the model cannot do.
+        block_size defaults to the checkpoint's own; policy: a name of `blockdiff policies`, an expression, or a
+        `Policy` (default `threshold`). lossless keeps of every block what the AR model writes itself; without a policy
+        of its own it drafts in the fastest way that the model allows. stepwise guesses so many one-token steps of the
+        policy in one pass. regex or json_schema: what the whole continuation must match. `on_text(number, piece)`
+        receives final text only. Raises ValueError for what the model cannot do.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        return generate(
-            self,
-            [
-                Request(
-                    prompt=tuple(self.encode(text)),
-                    max_new_tokens=max_new_tokens,
-                    block_size=self.spec.default_block_size if block_size is None else block_size,
-                    policy=named_policy(policy) if isinstance(policy, str) else policy,
-                    sampling=sampling,
-                    seed=seed + number,
-                    stop=tuple(stop),
-                    end_ids=self.end_ids,
-                    lossless=lossless,
-                )
-                for number, text in enumerate(texts)
-            ],
-            on_text=on_text,
-            on_step=on_step,
+        request = Request(
+            prompt=(0,),
+            max_new_tokens=max_new_tokens,
+            block_size=self.spec.default_block_size if block_size is None else block_size,
+            policy=_policy(policy, lossless),
+            sampling=sampling,
+            stop=tuple(stop),
+            end_ids=self.end_ids,
+            lossless=lossless,
+            drafting="ahead" if lossless and policy is None and can_draft_ahead(self) else "policy",
+            adaptive=lossless,
+            stepwise=stepwise,
+            forbidden=self.control_ids,
+            constraint=self.constraint(regex, json_schema),
         )
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        requests = [
+            replace(request, prompt=tuple(self.encode(text)), seed=seed + number) for number, text in enumerate(texts)
+        ]
+        return generate(self, requests, on_text=on_text, on_step=on_step)
+
+    def infill(
+        self,
+        prefix: str,
+        suffix: str,
+        tokens: int,
+        *,
+        policy: Policy | str | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+        seed: int = 0,
+        on_step: OnStep | None = None,
+    ) -> Infilled:
+        """Fill a hole of so many tokens between two texts, seeing both: one block holds the hole and what follows it.
+
+        Raises ValueError where the model's context or its conventions do not allow it.
+        """
+        before = tuple(self.encode(prefix))
+        # behind another token: a suffix must not get a beginning token, nor lose its leading space
+        after = tuple(self.encode("a" + suffix)[len(self.encode("a")) :]) if suffix else ()
+        if not before:
+            raise ValueError("infilling: the prefix has no tokens; give some text before the hole")
+        if tokens < 1:
+            raise ValueError(f"infilling: a hole of {tokens} tokens; give 1 or more")
+        lead = before[-1:] if len(before) > 1 else ()
+        given = (*lead, *([None] * tokens), *after)
+        request = Request(
+            prompt=before[: len(before) - len(lead)],
+            max_new_tokens=len(given),
+            block_size=len(given),
+            policy=_policy(policy, False),
+            sampling=sampling,
+            seed=seed,
+            forbidden=(*self.control_ids, *self.end_ids),
+            given=given,
+        )
+        (output,) = generate(self, [request], on_step=on_step)
+        hole = output.tokens[len(lead) : len(lead) + tokens]
+        added = pieces(self._tokenizer, before, [*hole, *after])
+        return Infilled("".join(added[:tokens]), prefix + "".join(added), output)
+
+    def constraint(self, regex: str | None = None, json_schema: str | dict[str, Any] | None = None) -> Automaton | None:
+        """What a text must match, compiled for this tokenizer; None where nothing is asked. Raises ValueError."""
+        if regex is None and json_schema is None:
+            return None
+        if regex is not None and json_schema is not None:
+            raise ValueError("give a regex or a json_schema, not both")
+        if not hasattr(self, "_pieces"):
+            self._pieces = token_pieces(self._tokenizer, self.vocabulary)
+        pattern = regex if regex is not None else schema_pattern(json_schema or "")
+        return compile_pattern(pattern, self._pieces, self.end_ids)
+
+    @property
+    def control_ids(self) -> tuple[int, ...]:
+        """Special tokens that are never part of a text: all but those that end it."""
+        return tuple(sorted(set(self._tokenizer.all_special_ids) - set(self.end_ids)))
+
+    @property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise ValueError("the model has no tokenizer: load it from a directory that holds one")
+        return self.tokenizer
 
     def coverage(
         self,
@@ -80,7 +160,7 @@ class Model(BlockDiffusionModel):
             [prompt_tokens] if isinstance(prompt_tokens, int) else prompt_tokens,
             block_size=self.spec.default_block_size if block_size is None else block_size,
             max_new_tokens=max_new_tokens,
-            policy=named_policy(policy) if isinstance(policy, str) else policy,
+            policy=named(policy) if isinstance(policy, str) else policy,
         )
 
     def encode(self, text: str) -> list[int]:
@@ -151,8 +231,7 @@ def train(config: RunConfig | str | Path | dict[str, Any], **options: Any) -> Pa
     return training.train(config, **options).path
 
 
-def named_policy(name: str) -> Policy:
-    """The policy registered under a name; raises ValueError naming the known ones."""
-    if name not in POLICIES:
-        raise ValueError(f"policy {name!r} is unknown; known: {', '.join(POLICIES)}")
-    return POLICIES[name]
+def _policy(policy: Policy | str | None, lossless: bool) -> Policy:
+    if policy is None:
+        policy = "one_step" if lossless else "threshold"
+    return named(policy) if isinstance(policy, str) else policy

@@ -74,6 +74,8 @@ def _eager(
         column = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
         scores = torch.cat([scores, column], -1)
     probability = scores.softmax(-1, dtype=torch.promote_types(torch.float32, query.dtype)).to(query.dtype)
+    if seen.attention is not None:
+        seen.attention.add(probability[..., : key.shape[2]])
     return F.dropout(probability[..., : key.shape[2]], dropout) @ value
 
 
@@ -131,7 +133,7 @@ def _registered(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, No
             )
         visibility.note_layer(getattr(module, "layer_idx", None), sliding_window)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if softcap is not None or s_aux is not None:  # no fused kernel computes these
+        if softcap is not None or s_aux is not None or visibility.attention is not None:  # no fused kernel has these
             out = _eager(query, key, value, visibility, sliding_window, scale, dropout, softcap, s_aux)
         else:
             out = kernel(query, key, value, visibility, sliding_window, scale, dropout)

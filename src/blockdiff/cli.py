@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from blockdiff import cli_data, cli_experiment
+from blockdiff import cli_data, cli_experiment, cli_generate
 from blockdiff.cli_options import (
     BlockSize,
     Changes,
     JsonFile,
     LeftBias,
-    Lossless,
     ModelPath,
     PerStep,
     PolicyName,
@@ -31,9 +30,7 @@ from blockdiff.cli_options import (
 )
 
 if TYPE_CHECKING:
-    from blockdiff.api import Model
     from blockdiff.datafiles import BadRows
-    from blockdiff.decode import Policy
     from blockdiff.evaluate import BoundRow
 
 app = typer.Typer(
@@ -96,70 +93,6 @@ def explain(
     from blockdiff.explain import explanation
 
     out.print(explanation(load_config(config, changes), seed))
-
-
-@app.command()
-def generate(
-    path: ModelPath,
-    prompt: Annotated[list[str], typer.Option("--prompt", help="Text to continue; give it several times for a batch.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
-    block_size: BlockSize = None,
-    policy: PolicyName = "threshold",
-    threshold: Threshold = None,
-    per_step: PerStep = None,
-    left_bias: LeftBias = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw from the k most likely tokens; 0: all.", max=2**31)] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the smallest set with this probability; 1: all.")] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="End the text before this string; repeatable.")] = None,
-    lossless: Lossless = False,
-    show_steps: Annotated[bool, typer.Option("--show-steps", help="Show each block as it fills.")] = False,
-    strict_coverage: Annotated[
-        bool, typer.Option("--strict-coverage", help="Refuse what training does not cover, instead of warning.")
-    ] = False,
-    seed: Seed = 0,
-    json_file: JsonFile = None,
-) -> None:
-    """Continue a prompt, several tokens at a time."""
-    from blockdiff.decode import Sampling
-    from blockdiff.runtime import record
-
-    chosen = chosen_policy(policy, threshold, per_step, left_bias)
-    sampling = Sampling(temperature, top_k, top_p)
-    model = load_model(path)
-    covered_size = 1 if lossless else block_size  # a draft that training does not cover costs speed, not text
-    _check_coverage(model, prompt, max_new_tokens, covered_size, chosen, strict_coverage)
-    single = len(prompt) == 1
-    show = _StepPrinter(model) if show_steps else None
-    stream = _Stream(prompt[0]) if single and not show_steps else None
-    outputs = model.generate(
-        prompt,
-        max_new_tokens=max_new_tokens,
-        block_size=block_size,
-        policy=chosen,
-        sampling=sampling,
-        seed=seed,
-        stop=stop or [],
-        lossless=lossless,
-        on_text=stream,
-        on_step=show,
-    )
-    for number, output in enumerate(outputs):
-        if stream is not None:
-            stream(0, "\n")
-        else:
-            out.print(f"[{number}] " * (not single) + prompt[number] + output.text)
-        err.print(
-            f"{len(output.tokens)} tokens, {output.forwards} forwards ({output.denoise_forwards} denoise, "
-            f"{output.commit_forwards} commit, {output.verify_forwards} verify), "
-            f"{output.tokens_per_forward:.2f} tokens per forward with commits, "
-            f"{output.seconds:.2f} s, ended by {output.finish_reason}",
-            style="dim",
-            highlight=False,
-        )
-    results = [output.to_json() for output in outputs]
-    contents: dict[str, Any] = results[0] if single else {"outputs": results}
-    write_result(json_file, record("generate", seed, prompts=prompt, **contents))
 
 
 @evaluations.command("bound")
@@ -226,7 +159,7 @@ def eval_coverage(
     from blockdiff.api import documents_of
     from blockdiff.runtime import record
 
-    chosen = chosen_policy(policy, threshold, per_step, left_bias)
+    chosen = chosen_policy(policy, threshold, per_step, None if data else left_bias)
     sizes, shifts = whole_numbers(block_sizes, "--block-sizes"), whole_numbers(offsets, "--offsets")
     if data and block_size is not None:
         raise ValueError("--block-size asks about a decoder and --data about an evaluation: give one of them")
@@ -247,7 +180,7 @@ def eval_coverage(
             "prompt_tokens": prompt_tokens,
             "max_new_tokens": max_new_tokens,
             "block_size": size,
-            "policy": vars(chosen),
+            "policy": str(chosen),
         }
     result = record("eval coverage", 0, model=path, request=request, **found.to_json())
     out.print(report.coverage_summary(result), highlight=False)
@@ -271,6 +204,9 @@ app.add_typer(cli_data.data, name="data")
 app.command()(cli_experiment.experiment)
 app.command()(cli_experiment.results)
 app.command()(cli_data.sample)
+app.command()(cli_generate.generate)
+app.command()(cli_generate.infill)
+app.command()(cli_generate.policies)
 evaluations.command("generation")(cli_data.eval_generation)
 evaluations.command("variance")(cli_experiment.eval_variance)
 
@@ -313,58 +249,3 @@ def _complain(error: BaseException, code: int) -> int:
         raise error
     err.print(f"blockdiff: {error}", style="red")
     return code
-
-
-class _Stream:
-    """Writes the prompt, once the first text is there, and then the text piece by piece."""
-
-    def __init__(self, prompt: str) -> None:
-        self.prompt = prompt
-
-    def __call__(self, number: int, piece: str) -> None:
-        sys.stdout.write(self.prompt + piece)
-        sys.stdout.flush()
-        self.prompt = ""
-
-
-def _check_coverage(
-    model: Model, prompts: list[str], max_new_tokens: int, block_size: int | None, policy: Policy, strict: bool
-) -> None:
-    """Warn about a decode that training does not cover, or refuse it."""
-    if not model.spec.is_diffusion:  # block size 1 is all it has, and generate refuses the rest
-        return
-    if not model.spec.trained_length and not strict:  # with nothing known there is nothing to compare
-        return
-    found = model.coverage(
-        [len(model.encode(prompt)) for prompt in prompts],
-        max_new_tokens=max_new_tokens,
-        block_size=block_size,
-        policy=policy,
-    )
-    if found.covered:
-        if found.order_sentence:
-            _warn(f"covered by training, but {found.order_sentence}")
-        return
-    worst = found.worst
-    problem = f"not covered by training ({worst.kind}, {worst.share:.0%} of the calls): {worst.sentence}"
-    if strict:
-        raise ValueError(f"{problem}; see `blockdiff eval coverage`, or leave --strict-coverage out")
-    _warn(problem)
-
-
-def _warn(problem: str) -> None:
-    err.print(f"warning: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-
-
-class _StepPrinter:
-    """Shows the open blocks: decided tokens as text, masks as shaded cells."""
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-
-    def __call__(self, step: Any) -> None:
-        tokenizer = self.model.tokenizer
-        assert tokenizer is not None
-        shown = "".join("░" if token is None else tokenizer.decode([token]) for token in step.tokens)
-        label = f"[{step.request}] at {step.start:>4}, step {step.step:>2}: "
-        out.print(label + shown.replace("\n", "⏎"))

@@ -84,6 +84,42 @@ def sample(
     write_result(json_file, record("sample", seed, model=path, out=str(output), rows=[asdict(sampled)]))
 
 
+@data.command("own")
+def own(
+    path: ModelPath,
+    source: Annotated[Path, typer.Option("--data", help="Texts whose beginnings are continued.")],
+    output: Annotated[Path, typer.Option("--out", help="File to write: .jsonl or .jsonl.gz.")],
+    temperature: Annotated[list[float] | None, typer.Option(help="Repeatable; default: 0 and 1.")] = None,
+    documents: Annotated[int | None, typer.Option(help="Continue the first so many texts only.", min=1)] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest continuation.", min=1)] = 192,
+    batch: Annotated[int, typer.Option(help="Texts written at once; changes nothing but the speed.", min=1)] = 64,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """A model's own continuations: what to train a frozen adapter on, so that its drafts are accepted."""
+    from rich.progress import Progress as Bar
+
+    from blockdiff.owntext import own_text
+    from blockdiff.runtime import record
+
+    model = load_model(path)
+    with Bar(console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("writing", total=1.0)
+        written = own_text(
+            model,
+            source,
+            output,
+            temperatures=temperature or (0.0, 1.0),
+            documents=documents,
+            max_new_tokens=max_new_tokens,
+            batch=batch,
+            seed=seed,
+            on_progress=lambda done: bar.update(task, completed=done),
+        )
+    out.print(f"{output}: {written.documents} texts, of which the model wrote {written.tokens} tokens")
+    write_result(json_file, record("data own", seed, model=path, out=str(output), rows=[asdict(written)]))
+
+
 def eval_generation(
     path: ModelPath,
     data: Annotated[list[Path], typer.Option(help="Rows with prompt and answer (or a completion); repeatable.")],

@@ -20,7 +20,9 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the re
 ModelPath = Annotated[str, typer.Argument(help="Checkpoint directory, or a Hugging Face hub name.")]
 Changes = Annotated[list[str] | None, typer.Option("--set", help="Change a key, e.g. --set data.length=256.")]
 BlockSize = Annotated[int | None, typer.Option(help="Tokens denoised together; default: the checkpoint's.")]
-PolicyName = Annotated[str, typer.Option("--policy", help="threshold, fixed_count or random_order.")]
+PolicyName = Annotated[
+    str, typer.Option("--policy", help="A name of `blockdiff policies`, or parts: 'entropy + entropy_budget(0.1)'.")
+]
 Threshold = Annotated[float | None, typer.Option(help="Fill every position at least this certain.")]
 LeftBias = Annotated[float | None, typer.Option(help="Left bias of a random order; 0: uniform.")]
 Lossless = Annotated[
@@ -41,12 +43,9 @@ def load_model(path: str) -> Model:
 
 def chosen_policy(name: str, threshold: float | None, per_step: int | None, left_bias: float | None = None) -> Policy:
     """A policy by its name, with what the options change. Raises ValueError."""
-    from dataclasses import replace
+    from blockdiff.decode import changed, named
 
-    from blockdiff.api import named_policy
-
-    own: dict[str, Any] = {"threshold": threshold, "per_step": per_step, "left_bias": left_bias}
-    return replace(named_policy(name), **{key: value for key, value in own.items() if value is not None})
+    return changed(named(name), threshold, per_step, left_bias)
 
 
 def whole_numbers(text: str, option: str) -> list[int]:

@@ -19,9 +19,9 @@ from rich.console import Console
 from blockdiff import report
 from blockdiff.api import Model, documents_of, load
 from blockdiff.config import RunConfig, make_config
-from blockdiff.decode import Policy
+from blockdiff.decode import parse
 from blockdiff.engine import Output, Request, generate
-from blockdiff.engine.request import pieces
+from blockdiff.engine.stream import pieces
 from blockdiff.evaluate import bound, unigram
 from blockdiff.files import write_json, write_text
 from blockdiff.progress import Progress
@@ -158,8 +158,8 @@ def _generate(model: Model, seed: int, repeats: int = 5) -> tuple[list[dict[str,
     ways = {
         "AR (block size 1)": Request(block_size=1, **shared),
         "block size 8, threshold 0.9": Request(block_size=8, **shared),
-        "block size 8, threshold 0.5": Request(block_size=8, policy=Policy(threshold=0.5), **shared),
-        "block size 8, 4 tokens a step": Request(block_size=8, policy=Policy(threshold=None, per_step=4), **shared),
+        "block size 8, threshold 0.5": Request(block_size=8, policy=parse("threshold(0.5)"), **shared),
+        "block size 8, 4 tokens a step": Request(block_size=8, policy=parse("fixed(4)"), **shared),
     }
     outputs: dict[str, list[Output]] = {name: [] for name in ways}
     for _ in range(repeats + 1):

@@ -71,6 +71,19 @@ def visible(
     return allowed
 
 
+@dataclass
+class AttentionSums:
+    """Collects how much the queries of a pass look at each of its own tokens: total float [B, Q], of the last layer
+    that ran, averaged over heads."""
+
+    total: Tensor | None = None
+
+    def add(self, probability: Tensor) -> None:
+        """probability [B, H, Q, K] of a layer, the pass's own tokens last."""
+        queries = probability.shape[2]
+        self.total = probability[..., -queries:].mean(1).sum(1)
+
+
 @dataclass(frozen=True)
 class Tile:
     """Some queries, the ranges of keys that any of them sees, and their mask [B, 1, queries, keys] (None: sees all)."""
@@ -94,6 +107,7 @@ class Visibility:
     clean_context: CleanContext
     windows: dict[int, int | None] = field(default_factory=dict, repr=False, compare=False)
     annealing: Annealing | None = None
+    attention: AttentionSums | None = None
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def note_layer(self, layer: int | None, window: int | None) -> None:

@@ -25,7 +25,7 @@ from blockdiff.attention import NAMES, Implementation, UnsupportedModel
 from blockdiff.coverage import SpanShare
 from blockdiff.files import replace_directory
 from blockdiff.layout import TokenMap
-from blockdiff.masks import CLEAN_CONTEXTS, Annealing, CleanContext, Visibility
+from blockdiff.masks import CLEAN_CONTEXTS, Annealing, AttentionSums, CleanContext, Visibility
 from blockdiff.objectives import Alignment
 
 SPEC_FILE = "block_diffusion.json"
@@ -40,6 +40,7 @@ class Spec:
     ar_trained says whether the clean stream was trained as an AR model (its next-token loss was part of training).
     documents: what share of the training spans had how many scored tokens after how many given ones (empty: unknown);
     trained_tokens: scored tokens that training went through, repetitions counted (0: unknown).
+    uniform_state: whether the noisy stream was trained on random tokens in place of [MASK] (none of ours is).
     adapter describes the noisy-stream adapter in `adapter.safetensors`, where there is one.
     """
 
@@ -52,6 +53,7 @@ class Spec:
     ar_trained: bool = True
     documents: tuple[SpanShare, ...] = ()
     trained_tokens: int = 0
+    uniform_state: bool = False
     adapter: Adapter | None = None
 
     @property
@@ -91,6 +93,7 @@ class Spec:
             "ar_trained": self.ar_trained,
             "documents": [[given, scored, float(f"{share:.6g}")] for given, scored, share in self.documents],
             "trained_tokens": self.trained_tokens,
+            "uniform_state": self.uniform_state,
             "adapter": None if self.adapter is None else asdict(self.adapter),
         }
 
@@ -118,6 +121,7 @@ class Spec:
                 ar_trained=data["ar_trained"],
                 documents=tuple(SpanShare(*span) for span in data.get("documents", [])),
                 trained_tokens=data.get("trained_tokens", 0),
+                uniform_state=bool(data.get("uniform_state", False)),
                 adapter=Adapter(**data["adapter"]) if data.get("adapter") else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -189,7 +193,9 @@ class BlockDiffusionModel(nn.Module):
         self.notes: list[str] = []
         self.adapter: AttachedAdapter | None = None
         self._read: Tensor | None = None
+        self._blend: tuple[Tensor, Tensor] | None = None
         head.register_forward_pre_hook(self._keep_read_rows)
+        backbone.get_input_embeddings().register_forward_hook(self._blended)
         backbone.set_attn_implementation(NAMES[implementation])
         self.train(backbone.training)
 
@@ -232,23 +238,35 @@ class BlockDiffusionModel(nn.Module):
         *,
         read: Tensor | None = None,
         past: Past | None = None,
-        keep: bool = False,
+        keep: bool | int = False,
         annealing: Annealing | None = None,
+        blend: tuple[Tensor, Tensor] | None = None,
+        attention: AttentionSums | None = None,
     ) -> Tensor:
         """Logits of one pass.
 
         ids [B, T] with their token map. read [R] picks rows of the flattened [B * T] logits (None: all of them), so
         the head runs only where somebody looks. past holds earlier clean tokens; with `keep` the tokens of this pass
-        join it (a commit), otherwise it is left as it was. `annealing` narrows the rule (a training baseline, not for
-        frozen adapters). Returns [R, V] (or [B * T, V]); the [MASK] column is -inf.
+        join it (a commit), or its first `keep` ones. `annealing` narrows the rule (a training
+        baseline, not for frozen adapters).
+        blend: token ids and weights [B, T, K] whose embeddings take the place of that much of a token's own; attention:
+        collects how much every token is looked at. Returns [R, V] (or [B * T, V]); the [MASK] column is -inf.
         """
+        keep = ids.shape[1] if keep is True else int(keep)
         if self.adapter is not None and self.adapter.frozen:
             noisy = int(tokens.noisy[0].sum())
             if not noisy:
                 return self._unadapted_pass(ids, tokens, read, past, keep)
             if noisy < ids.shape[1]:
-                return self._frozen_pass(ids, tokens, noisy, read)
-        return self._pass(ids, tokens, read, past, keep, annealing)
+                if past is None:
+                    return self._frozen_pass(ids, tokens, noisy, read)
+                with self.adapter.after(ids.shape[1] - noisy):
+                    return self._pass(ids, tokens, read, past, keep)
+        self._blend = blend
+        try:
+            return self._pass(ids, tokens, read, past, keep, annealing, attention)
+        finally:
+            self._blend = None
 
     def attach_adapter(self, settings: Adapter) -> None:
         """Put an adapter into the network; from now on only it and its [MASK] row are trained."""
@@ -267,15 +285,17 @@ class BlockDiffusionModel(nn.Module):
         from_clean = column >= noisy
         past = Past()
         read_clean, read_noisy = row * (width - noisy) + column - noisy, row * noisy + column
-        clean = self._unadapted_pass(ids[:, noisy:], tokens[:, noisy:], read_clean[from_clean], past, True)
-        denoised = self._pass(ids[:, :noisy], tokens[:, :noisy], read_noisy[~from_clean], past, False)
+        clean = self._unadapted_pass(
+            ids[:, noisy:], tokens[:, noisy:], read_clean[from_clean], past, ids.shape[1] - noisy
+        )
+        denoised = self._pass(ids[:, :noisy], tokens[:, :noisy], read_noisy[~from_clean], past, 0)
         logits = torch.empty(len(read), denoised.shape[1], dtype=denoised.dtype, device=denoised.device)
         places = torch.arange(len(read), device=read.device)
         logits = logits.index_copy(0, places[from_clean], clean)
         return logits.index_copy(0, places[~from_clean], denoised)
 
     def _unadapted_pass(
-        self, ids: Tensor, tokens: TokenMap, read: Tensor | None, past: Past | None, keep: bool
+        self, ids: Tensor, tokens: TokenMap, read: Tensor | None, past: Past | None, keep: int
     ) -> Tensor:
         assert self.adapter is not None
         with self.adapter.off(), torch.no_grad():
@@ -287,11 +307,12 @@ class BlockDiffusionModel(nn.Module):
         tokens: TokenMap,
         read: Tensor | None,
         past: Past | None,
-        keep: bool,
+        keep: int,
         annealing: Annealing | None = None,
+        attention: AttentionSums | None = None,
     ) -> Tensor:
         key = tokens if past is None or past.tokens is None else TokenMap.cat(past.tokens, tokens)
-        visibility = Visibility(tokens, key, self.spec.clean_context, self.windows, annealing)
+        visibility = Visibility(tokens, key, self.spec.clean_context, self.windows, annealing, attention)
         self._read = read
         try:
             output = self.backbone(
@@ -305,9 +326,9 @@ class BlockDiffusionModel(nn.Module):
             self._read = None
         if past is not None:
             if keep:
-                past.tokens = key
-            else:
-                past.cache.crop(-ids.shape[1])
+                past.tokens = key if keep == ids.shape[1] else key[:, : key.shape[1] - ids.shape[1] + keep]
+            if keep < ids.shape[1]:
+                past.cache.crop(keep - ids.shape[1])
         logits: Tensor = output.logits.flatten(0, 1)
         if self.spec.mask_id is not None:
             logits[:, self.spec.mask_id] = -torch.inf
@@ -333,6 +354,14 @@ class BlockDiffusionModel(nn.Module):
             return None
         hidden, *rest = inputs
         return (hidden.flatten(0, 1)[self._read][None], *rest)
+
+    def _blended(self, embedding: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if self._blend is None:
+            return output
+        (ids, weight), self._blend = self._blend, None  # the lookup below comes here, too
+        return (1 - weight.sum(-1, keepdim=True)).to(output.dtype) * output + (
+            weight[..., None].to(output.dtype) * embedding(ids)
+        ).sum(-2)
 
 
 def _columns(cached: Tensor, index: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def sample_documents(
                 prompt=prompt,
                 max_new_tokens=max_new_tokens or room,
                 block_size=block_size,
-                policy=POLICIES["random_order"],
+                policy=POLICIES["first_hitting"],
                 sampling=Sampling(temperature=1.0),
                 seed=int(uniform(seed, number, _DOCUMENT) * 2**53),
                 end_ids=model.end_ids,

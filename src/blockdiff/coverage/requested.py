@@ -57,8 +57,8 @@ def decode_calls(
 ) -> Calls:
     """A dry run of decoding `new_tokens` after a prompt of `prompt` tokens, the last block cut where the context ends.
 
-    With a fixed number of tokens a step the masks left are known: n, n - per_step, ... A threshold may ask for any
-    number that `per_step` allows, and each is counted once. The order is known of a `random` policy only.
+    Where a policy's counts are fixed the masks left are known; else every number that it may find is counted once. The
+    order is known where it does not depend on the model.
     """
     if block_size < 1 or new_tokens < 1 or prompt < 1:
         raise ValueError(
@@ -72,16 +72,10 @@ def decode_calls(
         raise ValueError(f"the prompt has {prompt} tokens and the model's context holds {context}: shorten the prompt")
 
     def asked(n: int) -> Tensor:
-        times = torch.zeros(n + 1, dtype=torch.float64)
-        if policy.threshold is None:
-            times[torch.arange(n, 0, -policy.per_step)] = 1
-        else:
-            times[1 : n - policy.per_step + 1] = 1
-            times[n] = 1
-        return times
+        return policy.possible(n).double()
 
     calls = _of_blocks(alignment, torch.tensor(blocks), torch.ones(len(blocks), dtype=torch.float64), asked)
-    return replace(calls, left_bias=policy.left_bias if policy.score == "random" else None)
+    return replace(calls, left_bias=policy.left_bias)
 
 
 def grid_calls(

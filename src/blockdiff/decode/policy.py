@@ -1,81 +1,184 @@
-"""Policies: which masked positions of a block are filled at a step.
+"""A policy: the parts of a decoder put together, and its one step.
 
-A policy scores the masked positions and fills the best ones; how many follows from a threshold or a fixed count. At
-least one position is filled at every step, so every block ends. Positions are ranked by one stable sort, so ties go to
-the left and no row needs a loop.
+    change the logits - propose tokens - plan the block's end - restrict - score - count - fill - revise
 
-Shapes: R rows, n positions of the block.
+Almost every published decoder of masked diffusion models is this loop with other parts (`decode.registry`). A step is
+pure tensor functions of rows and slots: no loop over rows, nothing read back from the device.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from blockdiff.decode.blocks import FILLED, OpenBlocks, View
+from blockdiff.decode.counts import Count, Everything, Fixed, Threshold
+from blockdiff.decode.inputs import Credit, LogitChange, Soft
+from blockdiff.decode.parts import Part, fraction
+from blockdiff.decode.ranking import Ranking
+from blockdiff.decode.regions import Planner, Region
+from blockdiff.decode.remasking import Reviser
+from blockdiff.decode.scores import Confidence, Modifier, Random, Score
+
+Propose = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Particles(Part):
+    """Self-rewarding sequential Monte Carlo (arXiv 2602.01849): `count` copies of a request, weighted by the
+    probability of what they fill, resampled at block ends when their effective number falls below half; the likeliest
+    is returned. Needs a temperature above 0."""
+
+    count: int = 4
+    name = "particles"
+
+    def __post_init__(self) -> None:
+        if self.count < 2:
+            raise ValueError(f"policy: particles: count {self.count} searches nothing; give 2 or more")
+
+
+@dataclass(frozen=True)
+class Refine(Part):
+    """Draft, then refine (Diffusion in Diffusion, arXiv 2601.13599): when the text is done, the `share` of its tokens
+    that were least sure when they were filled are masked again and denoised in one block over the whole text."""
+
+    share: float = 0.25
+    name = "refine"
+
+    def __post_init__(self) -> None:
+        fraction(self, share=self.share)
+
 
 @dataclass(frozen=True)
 class Policy:
-    """How a decoder picks positions.
+    """How a decoder picks positions and tokens. `decode.expression` writes one as text.
 
-    score        confidence: the probability of the proposed token under the raw softmax; random: a uniform order
-    threshold    fill every position whose confidence reaches it (None: none beyond `per_step`)
-    per_step     fill at least this many positions at each step, best first
-    left_bias    of a random order (`noise.ExactCount`): slot i comes next with probability ~ exp(-left_bias * i)
+    score: the order of positions, changed by `modifiers`; counts: how many are filled at a step, the largest of them;
+    region: where; logits: changes before anything is read; soft: what masked positions are fed; planner: where
+    blocks end; reviser: what happens to filled positions; search, refine: wrappers around whole texts.
+    max_steps fills all that is left.
     """
 
-    score: Literal["confidence", "random"] = "confidence"
-    threshold: float | None = 0.9
-    per_step: int = 1
-    left_bias: float = 0.0
+    score: Score = Confidence()  # noqa: RUF009 - frozen, here and below
+    counts: tuple[Count, ...] = (Threshold(0.9),)
+    modifiers: tuple[Modifier, ...] = ()
+    region: Region | None = None
+    logits: tuple[LogitChange, ...] = ()
+    soft: Soft | None = None
+    planner: Planner | None = None
+    reviser: Reviser | None = None
+    search: Particles | None = None
+    refine: Refine | None = None
+    max_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.score not in ("confidence", "random"):
-            raise ValueError(f"policy score {self.score!r} is unknown; known: confidence, random")
-        if self.threshold is not None and not 0 <= self.threshold <= 1:
-            raise ValueError(f"policy threshold {self.threshold} is out of range; give a probability from 0 to 1")
-        if self.score == "random" and self.threshold is not None:
-            raise ValueError(
-                f"policy threshold {self.threshold} is a confidence, and a random order has none: use None"
-            )
-        if self.per_step < 1:
-            raise ValueError(f"policy per_step {self.per_step} fills nothing; give 1 or more")
-        if not 0 <= self.left_bias < math.inf:
-            raise ValueError(f"policy left_bias {self.left_bias} is out of range; give 0 (uniform order) or more")
+        object.__setattr__(self, "counts", tuple(self.counts))
+        if not self.counts:
+            raise ValueError("policy: no count says how many positions a step fills; add one, e.g. fixed(1)")
+        if isinstance(self.score, Random) and any(hasattr(count, "level") for count in self.counts):
+            raise ValueError("policy: a random order has no confidence to compare with a level; use fixed(n)")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"policy: max_steps {self.max_steps} allows no step; give 1 or more")
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        optional = (self.region, self.soft, self.planner, self.reviser, self.search, self.refine)
+        present = tuple(part for part in optional if part is not None)
+        return (self.score, *self.modifiers, *self.counts, *self.logits, *present)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the engine must supply beyond logits."""
+        return frozenset().union(*(part.needs for part in self.parts))
+
+    @property
+    def final_once_filled(self) -> bool:
+        """Whether a filled token stays."""
+        return self.reviser is None and self.search is None and self.refine is None
+
+    @property
+    def left_bias(self) -> float | None:
+        """Of the reveal order where that does not depend on the model; None where it does."""
+        plain = self.region is None and not self.modifiers and self.reviser is None
+        return self.score.left_bias if isinstance(self.score, Random) and plain else None
+
+    def possible(self, n: int) -> Tensor:
+        """Which numbers of masks a step may find in a block that opened with n: bool [n + 1]."""
+        if len(self.counts) == 1 and self.region is None and self.reviser is None and self.planner is None:
+            return self.counts[0].possible(n)
+        most = max((c.count for c in self.counts if isinstance(c, Fixed)), default=1)
+        found = torch.zeros(n + 1, dtype=torch.bool)
+        found[1 : n + 1 - most if self.region is None and self.reviser is None else n + 1] = True
+        found[n] = n > 0
+        return found
+
+    def __str__(self) -> str:
+        steps = [] if self.max_steps is None else [f"max_steps({self.max_steps})"]
+        return " + ".join([str(part) for part in self.parts] + steps)
+
+    def step(
+        self,
+        blocks: OpenBlocks,
+        logits: Tensor,
+        propose: Propose,
+        *,
+        unconditional: Tensor | None = None,
+        attention: Tensor | None = None,
+        token_ids: Callable[[tuple[str, ...]], Tensor] | None = None,
+    ) -> tuple[OpenBlocks, Tensor]:
+        """The blocks after one step, and which rows are final now, bool [R].
+
+        logits [R, n, V] of the blocks as they stand; propose: tokens [R, n] for logits.
+        """
+        blocks = replace(blocks, step=blocks.step + 1)
+        raw = logits
+        for change in self.logits:
+            logits = change(blocks, logits, unconditional)
+        view = View(blocks, logits, propose(logits), attention, token_ids)
+        if self.planner is not None:
+            size = blocks.inside.sum(1)
+            blocks = blocks.shrink(torch.where(blocks.step == 1, self.planner(view), size))
+            view = View(blocks, logits, view.tokens, attention, token_ids)
+        after = _filled(view, self._chosen(view))
+        if self.reviser is not None:
+            after = self.reviser(view, after)
+        finished = ~after.masked.any(1) if self.reviser is None else self.reviser.finished(view, after)
+        for part in self.parts:
+            after = part.remember_raw(after, raw) if isinstance(part, Credit) else part.remember(view, after)
+        return after, finished
+
+    def _chosen(self, view: View) -> Tensor:
+        """Positions to fill now, bool [R, n]."""
+        eligible = view.masked if self.region is None else self.region(view)
+        score = self.score(view)
+        for modifier in self.modifiers:
+            score = modifier(view, score)
+        ranking = Ranking.of(score, eligible)
+        chosen = self.counts[0].choose(view, ranking)
+        for count in self.counts[1:]:
+            chosen = chosen | count.choose(view, ranking)
+        if not any(count.may_wait for count in self.counts):
+            chosen = chosen | ranking.best((~chosen.any(1)).long())
+        if self.max_steps is not None:
+            chosen = torch.where((view.blocks.step >= self.max_steps)[:, None], view.masked, chosen)
+        return chosen
 
 
-POLICIES: dict[str, Policy] = {
-    # Fast-dLLM, arXiv 2505.22618: all positions above a confidence, at least one
-    "threshold": Policy("confidence", 0.9, 1),
-    # LLaDA's low-confidence remasking, arXiv 2502.09992, as the fixed number of most confident positions a step
-    "fixed_count": Policy("confidence", None, 2),
-    # First-hitting sampler, arXiv 2409.02908 and BD3-LM 2503.09573: one uniformly random position a step, which is
-    # ancestral sampling in continuous time, and the sampler whose likelihood the bound bounds
-    "random_order": Policy("random", None, 1),
-}
-
-
-def random_order(u: Tensor, slot: Tensor, left_bias: Tensor) -> Tensor:
-    """Scores [R, n] whose largest is a draw of the next position: u uniform [R, n], slot [1, n], left_bias [R].
-
-    Gumbel keys on slot weights exp(-left_bias * slot), the order of `noise.ExactCount`.
-    """
-    return -((-u.log()).log() + left_bias[:, None] * slot)
-
-
-def fill(score: Tensor, masked: Tensor, threshold: Tensor, per_step: Tensor) -> Tensor:
-    """Positions to fill now, bool [R, n].
-
-    score [R, n], masked [R, n] positions that may be filled, threshold [R] (inf: off), per_step [R].
-    """
-    score = torch.where(masked, score, -torch.inf)
-    order = torch.argsort(score, dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(score.shape[-1], device=score.device).expand_as(order)
+def _filled(view: View, chosen: Tensor) -> OpenBlocks:
+    blocks, probability = view.blocks, view.chosen_log_probability
+    return replace(
+        blocks,
+        ids=torch.where(chosen, view.tokens, blocks.ids),
+        status=torch.where(chosen, FILLED, blocks.status),
+        filled_at=torch.where(chosen, blocks.step[:, None], blocks.filled_at),
+        confidence=torch.where(chosen, probability.exp(), blocks.confidence),
+        log_probability=torch.where(chosen, probability, blocks.log_probability),
     )
-    sure = (score >= threshold[:, None]).sum(-1)
-    count = torch.maximum(sure, per_step)
-    return masked & (rank < count[:, None])
+
+
+def one_step() -> Policy:
+    """The whole block at once: the draft that lossless decoding makes unless told otherwise."""
+    return Policy(counts=(Everything(),))

@@ -1,9 +1,11 @@
-"""Tokens from logits: temperature, top-k and top-p, by inverse transform in float64.
+"""Tokens from logits: temperature, top-k and top-p, by the Gumbel-max trick in float64.
 
-Low-precision Gumbel noise lowers the effective temperature (arXiv 2409.02908); here one uniform number in float64 picks
-each token from the exact distribution. The number is a function of the request's seed and the token's absolute
-position, not of the step: a position that is proposed again at a later step meets the same number, so a confidence
-policy cannot re-roll a position until something likely comes up.
+A token is argmax(log p + g) with Gumbel noise g, one number for every (request seed, absolute position, token). It does
+not depend on the step: a position that is proposed again meets the same noise, so a confidence policy cannot
+re-roll a position until something likely comes up. And because it is shared, two distributions p and q draw the same
+token with probability at least (1 - TV) / (1 + TV) (arXiv 2408.07978), which is what lossless decoding lives on; one
+uniform number through both inverse distribution functions does far worse. Low-precision Gumbel noise lowers the
+effective temperature (arXiv 2409.02908), hence float64.
 
 Shapes: R rows, n positions, V vocabulary.
 """
@@ -15,6 +17,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from blockdiff.decode.blocks import TOKEN
+from blockdiff.rng import uniform
 
 
 @dataclass(frozen=True)
@@ -61,30 +66,35 @@ class SamplingBatch:
         return SamplingBatch(self.temperature[rows], self.top_k[rows], self.top_p[rows], self.filtered, self.sampled)
 
 
-def propose(logits: Tensor, u: Tensor, settings: SamplingBatch) -> tuple[Tensor, Tensor]:
-    """A token for every position, and the raw probability of that token.
+def gumbel(seed: Tensor, place: Tensor, vocabulary: int) -> Tensor:
+    """The noise of positions place [R, n] in requests with these seeds [R]: float64 [R, n, V]."""
+    tokens = torch.arange(vocabulary, device=place.device)
+    return -(-uniform(seed[:, None, None], place[..., None], TOKEN, tokens).log()).log()
 
-    logits [R, n, V], u [R, n] in (0, 1). Returns tokens int64 [R, n] and their probability [R, n] under the softmax of
-    the logits as they are: after a temperature or a filter every choice would look certain.
-    """
+
+def propose(logits: Tensor, noise: Tensor | None, settings: SamplingBatch) -> Tensor:
+    """A token for every position, int64 [R, n]: logits [R, n, V], noise [R, n, V] (None where nobody samples)."""
     greedy = logits.argmax(-1)
-    tokens = greedy
-    if settings.sampled:
-        drawn = _draw(logits.double(), u, settings)
-        tokens = torch.where(settings.temperature[..., 0] > 0, drawn, greedy)
-    chosen = logits.gather(-1, tokens[..., None])[..., 0]
-    return tokens, (chosen - logits.logsumexp(-1)).exp()
-
-
-def _draw(logits: Tensor, u: Tensor, settings: SamplingBatch) -> Tensor:
-    probability = (logits / settings.temperature.clamp(min=1e-6)).softmax(-1)
+    if noise is None or not settings.sampled:
+        return greedy
+    scaled = logits.double() / settings.temperature.clamp(min=1e-6)
     if settings.filtered:
-        ordered, order = torch.sort(probability, dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered
-        rank = torch.arange(logits.shape[-1], device=logits.device)
-        kept = (before < settings.top_p) & (rank < settings.top_k)
-        # back in vocabulary order, so that a number picks the same token whether or not its neighbours filter
-        probability = probability * torch.zeros_like(kept).scatter(-1, order, kept)
-    cumulated = probability.cumsum(-1)
-    target = u.to(cumulated.dtype)[..., None] * cumulated[..., -1:]
-    return torch.searchsorted(cumulated, target, right=True)[..., 0].clamp(max=logits.shape[-1] - 1)
+        scaled = torch.where(_kept(scaled, settings), scaled, -torch.inf)
+    return torch.where(settings.temperature[..., 0] > 0, (scaled + noise).argmax(-1), greedy)
+
+
+def log_law(logits: Tensor, settings: SamplingBatch) -> Tensor:
+    """Log-probabilities that `propose` samples from, float64 [R, n, V]; at temperature 0 all on the likeliest token."""
+    scaled = logits.double() / settings.temperature.clamp(min=1e-6)
+    if settings.filtered:
+        scaled = torch.where(_kept(scaled, settings), scaled, -torch.inf)
+    return scaled.log_softmax(-1)
+
+
+def _kept(scaled: Tensor, settings: SamplingBatch) -> Tensor:
+    """Tokens that top-k and top-p leave, bool [R, n, V]; the likeliest always."""
+    ordered, order = torch.sort(scaled.softmax(-1), dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    rank = torch.arange(scaled.shape[-1], device=scaled.device)
+    kept = (before < settings.top_p) & (rank < settings.top_k)
+    return torch.zeros_like(kept).scatter(-1, order, kept)

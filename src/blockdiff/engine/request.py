@@ -1,13 +1,12 @@
-"""Requests, their outputs, and the text that a stream may already show."""
+"""Requests and their outputs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
-
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from typing import Any, Literal
 
 from blockdiff.decode import POLICIES, Policy, Sampling
+from blockdiff.decode.automaton import Automaton
 
 
 @dataclass(frozen=True)
@@ -15,9 +14,16 @@ class Request:
     """One prompt to be continued.
 
     prompt token ids (at least one); block_size tokens denoised together; stop strings end the text before their first
-    occurrence; end_ids are tokens that end it. lossless: what the policy fills is a draft, of which only the part that
-    the AR model would have written itself is kept (`engine.verify`). The output is a function of the request and the
-    model alone, never of the batch.
+    occurrence; end_ids are tokens that end it; forbidden ones are never written.
+
+    lossless: what is filled is a draft, of which only the part that the AR model would have written itself is kept
+    (`engine.drafting`). drafting: by the policy in passes of its own, or `ahead`, in the pass that verifies the draft
+    before. adaptive: drafts get shorter where they fail, and stop where they do not pay.
+    given: tokens of the text that are fixed, None where it is to be filled (infilling). stepwise: several steps of the
+    policy guessed and checked in one pass (`engine.stepwise`). constraint: what the text must match.
+
+    The output is a function of the request and the model alone, never of the batch; but for how much an adaptive
+    lossless request drafted, which follows the clock and changes the number of forwards, never the text.
     """
 
     prompt: tuple[int, ...]
@@ -29,6 +35,12 @@ class Request:
     stop: tuple[str, ...] = ()
     end_ids: tuple[int, ...] = ()
     lossless: bool = False
+    drafting: Literal["policy", "ahead"] = "policy"
+    adaptive: bool = False
+    forbidden: tuple[int, ...] = ()
+    given: tuple[int | None, ...] = ()
+    stepwise: int = 0
+    constraint: Automaton | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -39,6 +51,8 @@ class Request:
             raise ValueError(f"block size {self.block_size} is not possible; give 1 or more")
         if any(not text for text in self.stop):
             raise ValueError("a stop string is empty; give at least one character")
+        if self.stepwise < 0:
+            raise ValueError(f"stepwise {self.stepwise} is negative; give the steps to guess, 0 for none")
 
 
 @dataclass(frozen=True)
@@ -56,19 +70,25 @@ class Output:
     """What a request produced.
 
     tokens: generated ids, the end token included; steps: for each token the denoising step of its block that filled
-    it (0: known before denoising began, from the prefix alone); blocks: tokens delivered of each block. forwards counts
-    denoise, commit and verify passes over this request's blocks while it was unfinished; the prefill of the prompt is
-    not among them.
+    it (0: the prefix decided it, or it was given); log_probabilities: of each under the raw softmax when it was filled,
+    in nats (their sum is *not* the text's likelihood); blocks: how many tokens each block delivered; steps_per_block:
+    denoise forwards of each; finish_reason: end (an end token), stop (a stop string) or length. denoise, commit and
+    verify forwards: passes over this request's blocks while it was unfinished; the prefill of the prompt is not among
+    them. positions: tokens of the passes, prefill not counted. edits: filled tokens that were changed.
     """
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
+    log_probabilities: list[float] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
+    steps_per_block: list[int] = field(default_factory=list)
     finish_reason: str = ""
     denoise_forwards: int = 0
     commit_forwards: int = 0
     verify_forwards: int = 0
+    positions: int = 0
+    edits: int = 0
     seconds: float = 0.0
 
     @property
@@ -81,77 +101,40 @@ class Output:
         return len(self.tokens) / max(self.forwards, 1)
 
     @property
+    def tokens_per_denoise(self) -> float | None:
+        """Tokens per denoise forward, commit forwards not counted; None where none was made."""
+        return len(self.tokens) / self.denoise_forwards if self.denoise_forwards else None
+
+    @property
     def tokens_per_verify(self) -> float | None:
         """Tokens that a verification lets through, the block's certain first one counted; None where none was made."""
         return len(self.tokens) / self.verify_forwards if self.verify_forwards else None
+
+    @property
+    def accepted(self) -> dict[int, int]:
+        """How often a verification let through so many tokens; empty where none was made."""
+        if not self.verify_forwards:
+            return {}
+        return {size: self.blocks.count(size) for size in sorted(set(self.blocks))}
 
     def to_json(self) -> dict[str, Any]:
         return {
             "text": self.text,
             "tokens": self.tokens,
             "steps": self.steps,
+            "log_probabilities": [round(value, 6) for value in self.log_probabilities],
             "blocks": self.blocks,
+            "steps_per_block": self.steps_per_block,
             "finish_reason": self.finish_reason,
             "forwards": self.forwards,
             "denoise_forwards": self.denoise_forwards,
             "commit_forwards": self.commit_forwards,
             "verify_forwards": self.verify_forwards,
+            "positions": self.positions,
+            "edits": self.edits,
             "tokens_per_forward": self.tokens_per_forward,
+            "tokens_per_denoise": self.tokens_per_denoise,
             "tokens_per_verify": self.tokens_per_verify,
+            "accepted": {str(size): often for size, often in self.accepted.items()},
             "seconds": self.seconds,
         }
-
-
-class TextStream:
-    """Turns committed tokens into text that never changes once shown.
-
-    Held back until certain: bytes of an unfinished character, and an end that could be the beginning of a stop string.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: tuple[int, ...], stop: tuple[str, ...]) -> None:
-        self._tokenizer = tokenizer
-        self._prompt = list(prompt)
-        self._lead = self._decode(self._prompt)
-        self._stop = stop
-        self._shown = 0
-        self.text = ""
-
-    def feed(self, tokens: list[int]) -> bool:
-        """Give all tokens so far; returns True when a stop string ends the text (which is then cut before it)."""
-        whole = self._decode(self._prompt + tokens)
-        # the first token of a continuation may carry a space that decoding it alone would drop
-        self.text = whole[len(self._lead) :] if whole.startswith(self._lead) else self._decode(tokens)
-        found = [at for at in (self.text.find(text) for text in self._stop) if at >= 0]
-        if found:
-            self.text = self.text[: min(found)]
-        return bool(found)
-
-    def new_text(self, *, final: bool) -> str:
-        """Text that became certain since the last call."""
-        ready = len(self.text)
-        if not final:
-            ready = len(self.text.rstrip("�"))
-            ready -= max((_overlap(self.text[:ready], text) for text in self._stop), default=0)
-        piece = self.text[self._shown : ready]
-        self._shown = max(self._shown, ready)
-        return piece
-
-    def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
-
-
-def pieces(tokenizer: PreTrainedTokenizerBase, prompt: tuple[int, ...], tokens: list[int]) -> list[str]:
-    """The text that each token adds; joined, they are the text (a character of several tokens belongs to the last)."""
-    stream = TextStream(tokenizer, prompt, ())
-    out = []
-    for count in range(1, len(tokens) + 1):
-        stream.feed(tokens[:count])
-        out.append(stream.new_text(final=count == len(tokens)))
-    return out
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop` without completing it."""
-    return max((n for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])), default=0)

@@ -17,7 +17,7 @@ from blockdiff.api import documents_of, load
 from blockdiff.building import encoder_of, objective_of, training_rows
 from blockdiff.curriculum import adaptive
 from blockdiff.data import Document, Encoder
-from blockdiff.decode import Sampling
+from blockdiff.decode import Sampling, named
 from blockdiff.distributions import AdaptiveMixture
 from blockdiff.engine import Output, Request
 from blockdiff.evaluate import GenerationRow, answer_questions, bound, document_nll, gradient_variance, read_questions
@@ -153,7 +153,7 @@ def _form(decode: Decode, settings: Generation, seed: int) -> Request:
         prompt=(0,),
         max_new_tokens=settings.max_new_tokens,
         block_size=decode.block_size,
-        policy=decode.policy,
+        policy=named(decode.policy),
         sampling=Sampling(decode.temperature),
         seed=seed,
         lossless=decode.lossless,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from blockdiff.config import ConfigError, RunConfig, apply_change, make_config, nearest, put, read_tree, sentence
-from blockdiff.decode import Policy
+from blockdiff.decode import named
 from blockdiff.experiment.claims import Claim
 from blockdiff.training import RunDirectory
 
@@ -23,9 +23,15 @@ class Decode(_Group):
     """One way of decoding."""
 
     block_size: int = Field(ge=1)
-    policy: Policy = Policy()
+    policy: str = Field("threshold", description="a name of `blockdiff policies`, or parts joined by +")
     temperature: float = Field(0.0, ge=0)
     lossless: bool = Field(False, description="verify every block against the AR stream")
+
+    @field_validator("policy")
+    @classmethod
+    def _known(cls, text: str) -> str:
+        named(text)
+        return text
 
 
 class Generation(_Group):

@@ -1,0 +1,230 @@
+"""Commands that write text: `generate`, `infill`, and the table of `policies`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from blockdiff.cli_options import (
+    BlockSize,
+    JsonFile,
+    LeftBias,
+    Lossless,
+    ModelPath,
+    PerStep,
+    Seed,
+    Threshold,
+    chosen_policy,
+    err,
+    load_model,
+    out,
+    write_result,
+)
+
+if TYPE_CHECKING:
+    from blockdiff.api import Model
+    from blockdiff.decode import Policy
+    from blockdiff.engine import Output
+
+ChosenPolicy = Annotated[
+    str | None,
+    typer.Option("--policy", help="A name of `blockdiff policies`, or parts: 'entropy + entropy_budget(0.1)'."),
+]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(help="Draw from the k most likely tokens; 0: all.", max=2**31)]
+TopP = Annotated[float, typer.Option(help="Draw from the smallest set with this probability; 1: all.")]
+Steps = Annotated[bool, typer.Option("--show-steps", help="Show each block as it fills.")]
+
+
+def generate(
+    path: ModelPath,
+    prompt: Annotated[list[str], typer.Option("--prompt", help="Text to continue; give it several times for a batch.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
+    block_size: BlockSize = None,
+    policy: ChosenPolicy = None,
+    threshold: Threshold = None,
+    per_step: PerStep = None,
+    left_bias: LeftBias = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End the text before this string; repeatable.")] = None,
+    lossless: Lossless = False,
+    stepwise: Annotated[
+        int, typer.Option(help="Guess so many one-token steps of the policy in one pass; 0: off.", min=0, max=64)
+    ] = 0,
+    regex: Annotated[str | None, typer.Option(help="Regular expression that the whole continuation matches.")] = None,
+    json_schema: Annotated[str | None, typer.Option(help="JSON schema that it follows, or a file of one.")] = None,
+    show_steps: Steps = False,
+    strict_coverage: Annotated[
+        bool, typer.Option("--strict-coverage", help="Refuse what training does not cover, instead of warning.")
+    ] = False,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Continue a prompt, several tokens at a time."""
+    from blockdiff.decode import Sampling
+    from blockdiff.runtime import record
+
+    asked = [value is not None for value in (policy, threshold, per_step, left_bias)]
+    chosen = chosen_policy(policy or "threshold", threshold, per_step, left_bias) if any(asked) else None
+    sampling = Sampling(temperature, top_k, top_p)
+    model = load_model(path)
+    covered_size = 1 if lossless else block_size  # a draft that training does not cover costs speed, not text
+    _check_coverage(model, prompt, max_new_tokens, covered_size, chosen, strict_coverage)
+    single = len(prompt) == 1
+    show = StepPrinter(model) if show_steps else None
+    stream = _Stream(prompt[0]) if single and not show_steps else None
+    outputs = model.generate(
+        prompt,
+        max_new_tokens=max_new_tokens,
+        block_size=block_size,
+        policy=chosen,
+        sampling=sampling,
+        seed=seed,
+        stop=stop or [],
+        lossless=lossless,
+        stepwise=stepwise,
+        regex=regex,
+        json_schema=_schema(json_schema),
+        on_text=stream,
+        on_step=show,
+    )
+    for number, output in enumerate(outputs):
+        if stream is not None:
+            stream(0, "\n")
+        else:
+            out.print(f"[{number}] " * (not single) + prompt[number] + output.text)
+        err.print(_summary(output), style="dim", highlight=False)
+    results = [output.to_json() for output in outputs]
+    contents: dict[str, Any] = results[0] if single else {"outputs": results}
+    write_result(json_file, record("generate", seed, prompts=prompt, **contents))
+
+
+def infill(
+    path: ModelPath,
+    prefix: Annotated[str, typer.Option(help="Text before the hole.")],
+    suffix: Annotated[str, typer.Option(help="Text after the hole.")],
+    tokens: Annotated[int, typer.Option(help="Tokens of the hole.", min=1)] = 8,
+    policy: ChosenPolicy = None,
+    threshold: Threshold = None,
+    per_step: PerStep = None,
+    left_bias: LeftBias = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    show_steps: Steps = False,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Fill a hole between two texts, seeing both."""
+    from blockdiff.decode import Sampling
+    from blockdiff.runtime import record
+
+    chosen = chosen_policy(policy or "threshold", threshold, per_step, left_bias)
+    model = load_model(path)
+    found = model.infill(
+        prefix,
+        suffix,
+        tokens,
+        policy=chosen,
+        sampling=Sampling(temperature, top_k, top_p),
+        seed=seed,
+        on_step=StepPrinter(model) if show_steps else None,
+    )
+    out.print(found.text)
+    err.print(_summary(found.output), style="dim", highlight=False)
+    contents = {"hole": found.hole, **found.output.to_json(), "text": found.text}
+    write_result(json_file, record("infill", seed, prefix=prefix, suffix=suffix, **contents))
+
+
+def policies(
+    parts: Annotated[
+        bool, typer.Option("--parts", help="List the parts that a policy can be put together from.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/policies.md.")] = False,
+) -> None:
+    """The named decoding policies, or the parts of one's own (--policy 'entropy + entropy_budget(0.1)')."""
+    from blockdiff.decode import described
+
+    if markdown:
+        sys.stdout.write(described.page())
+    else:
+        out.print(described.parts_table() if parts else described.policies_table())
+
+
+def _schema(text: str | None) -> str | None:
+    if text is None or text.lstrip().startswith("{"):
+        return text
+    file = Path(text)
+    if not file.is_file():
+        raise ValueError(f"--json-schema {text}: neither a JSON object nor a file; give one of the two")
+    return file.read_text()
+
+
+def _summary(output: Output) -> str:
+    kept = "" if output.tokens_per_verify is None else f", {output.tokens_per_verify:.2f} kept a verification"
+    return (
+        f"{len(output.tokens)} tokens, {output.forwards} forwards ({output.denoise_forwards} denoise, "
+        f"{output.commit_forwards} commit, {output.verify_forwards} verify), "
+        f"{output.tokens_per_forward:.2f} tokens per forward with commits{kept}, "
+        f"{output.seconds:.2f} s, ended by {output.finish_reason}"
+    )
+
+
+class _Stream:
+    """Writes the prompt, once the first text is there, and then the text piece by piece."""
+
+    def __init__(self, prompt: str) -> None:
+        self.prompt = prompt
+
+    def __call__(self, number: int, piece: str) -> None:
+        sys.stdout.write(self.prompt + piece)
+        sys.stdout.flush()
+        self.prompt = ""
+
+
+def _check_coverage(
+    model: Model, prompts: list[str], max_new_tokens: int, block_size: int | None, policy: Policy | None, strict: bool
+) -> None:
+    """Warn about a decode that training does not cover, or refuse it."""
+    if not model.spec.is_diffusion:  # block size 1 is all it has, and generate refuses the rest
+        return
+    if not model.spec.trained_length and not strict:  # with nothing known there is nothing to compare
+        return
+    found = model.coverage(
+        [len(model.encode(prompt)) for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        block_size=block_size,
+        policy=policy or "threshold",
+    )
+    if found.covered:
+        if found.order_sentence:
+            _warn(f"covered by training, but {found.order_sentence}")
+        return
+    worst = found.worst
+    problem = f"not covered by training ({worst.kind}, {worst.share:.0%} of the calls): {worst.sentence}"
+    if strict:
+        raise ValueError(f"{problem}; see `blockdiff eval coverage`, or leave --strict-coverage out")
+    _warn(problem)
+
+
+def _warn(problem: str) -> None:
+    err.print(f"warning: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+class StepPrinter:
+    """Shows the open blocks: decided tokens as text, masks as shaded cells."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def __call__(self, step: Any) -> None:
+        tokenizer = self.model.tokenizer
+        assert tokenizer is not None
+        shown = "".join("░" if token is None else tokenizer.decode([token]) for token in step.tokens)
+        label = f"[{step.request}] at {step.start:>4}, step {step.step:>2}: "
+        out.print(label + shown.replace("\n", "⏎"))

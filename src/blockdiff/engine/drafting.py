@@ -1,0 +1,168 @@
+"""Lossless decoding: a drafted block keeps only what the AR model would have written itself.
+
+The clean pass that commits a block also gives, under a causal context, the AR logits at each of its positions. The AR
+sampler's token at a position is a function of those logits and of the Gumbel noise of (request seed, absolute
+position), the same noise that the draft was drawn with; so the draft is kept up to the first token that differs, and
+the next block opens with the AR sampler's token in its place. Whatever drafted, the text is the one that block size 1
+writes with the same seed, up to ties and rounding between passes of different shapes. Greedy is the case without noise.
+(Coupled verification; DESIGN section 4 and arXiv 2408.07978.)
+
+Drafts come from passes of their own, or `ahead`: where a block is seeded with the clean token before it, the verifying
+pass can carry the next block's draft for every length that the verification may let through, as one noisy block each
+(TiDAR, arXiv 2511.08923, on a model that was not trained for it). Then a token costs less than one pass.
+
+Shapes: R rows, W slots of the widest open block, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from blockdiff.decode import SamplingBatch, propose
+from blockdiff.engine.request import Request
+from blockdiff.layout import TokenMap
+from blockdiff.model import BlockDiffusionModel
+
+
+def can_draft_ahead(model: BlockDiffusionModel) -> bool:
+    """Whether a draft can share the pass that verifies the one before it."""
+    return model.spec.is_diffusion and model.spec.alignment.seeded
+
+
+def check_lossless(model: BlockDiffusionModel, request: Request) -> None:
+    """Refuse a model whose clean stream is no AR model: ValueError."""
+    spec = model.spec
+    alignment = spec.alignment.scoring()
+    reasons = {
+        f"its clean context is {spec.clean_context}": spec.clean_context != "context_causal",
+        "its clean stream does not predict the next token (prediction same)": (
+            not (alignment.first_is_clean or alignment.seeded)
+        ),
+        "its clean stream was not trained as an AR model (objective.ar_weight above 0, or a noisy adapter)": (
+            not spec.ar_trained
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"lossless: {reason}, so there is no AR text to be equal to; decode without --lossless")
+    if request.drafting == "ahead" and request.block_size > 1 and not can_draft_ahead(model):
+        raise ValueError(
+            "lossless: drafting ahead needs blocks that are seeded with the token before them (boundary seed)"
+        )
+    for asked, name in ((request.given, "infilling"), (request.constraint, "a constraint")):
+        if asked:
+            raise ValueError(f"lossless: {name} has no AR text to be equal to; decode without --lossless")
+
+
+def agreed(logits: Tensor, ids: Tensor, noise: Tensor | None, used: Tensor, sampling: SamplingBatch) -> Tensor:
+    """How many of a block's tokens the AR sampler writes too: int64 [R], at least 1.
+
+    logits [R, W, V] of the clean pass (those at slot j predict slot j + 1), ids [R, W] the draft, noise
+    [R, W - 1, V] of slots 1 and on, used [R, W] slots of the row's own block. The first token came from the AR
+    logits already.
+    """
+    own = propose(logits[:, :-1], noise, sampling)
+    same = (own == ids[:, 1:]) & used[:, 1:]
+    return 1 + same.long().cumprod(1).sum(1)
+
+
+def branches(ids: Tensor, tokens: TokenMap, rows: Tensor, length: int, mask_id: int) -> tuple[Tensor, TokenMap]:
+    """For every slot of the blocks, a noisy block that begins after it: its token as the seed, then masks.
+
+    ids and tokens [R, W] of the clean pass, rows bool [R]: which rows draft ahead. Returns ids and map
+    [R, W * length].
+    """
+    count, width = ids.shape
+    slot = torch.arange(length, device=ids.device)
+    inputs = torch.where(slot == 0, ids[..., None], mask_id)
+    start = tokens.position[..., None].expand(count, width, length)
+    doc = torch.where(rows[:, None], tokens.doc, -1)[..., None].expand(count, width, length)
+    no = torch.zeros_like(doc, dtype=torch.bool)
+    found = TokenMap(doc=doc, position=start + slot, block=start, start=start, prompt=no, noisy=~no)
+    return inputs.flatten(1), found.map(lambda tensor: tensor.flatten(1))
+
+
+@dataclass
+class Learned:
+    """What drafting brought on one model so far: decayed tokens and seconds with and without it, and tokens kept."""
+
+    kept: float
+    rounds: int = 0
+    tokens: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0})
+    seconds: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0})
+
+    def rate(self, drafting: bool) -> float:
+        """Tokens a second."""
+        return self.tokens[drafting] / max(self.seconds[drafting], 1e-9)
+
+
+_LEARNED: WeakKeyDictionary[BlockDiffusionModel, dict[Any, Learned]] = WeakKeyDictionary()
+
+
+class Pace:
+    """How long adaptive lossless requests draft, and whether drafting pays at all.
+
+    Both follow what was measured on this model, in this call and the ones before it: the tokens that verifications let
+    through say how long a draft should be (half as long again as what is kept, and two more), and the tokens a second
+    of drafting against those of plain AR say which of the two goes on; now and then the other one is tried again.
+    Only speed depends on it, never the text.
+    """
+
+    TRIAL, AGAIN, DECAY = 4, 64, 0.9
+
+    def __init__(self, limit: int, adaptive: Sequence[bool], learned: Learned) -> None:
+        self.limit = limit
+        self._adaptive = torch.tensor(adaptive)
+        self._learned = learned
+        self._fresh = True
+        self.drafting = self._next()
+
+    @staticmethod
+    def of(model: BlockDiffusionModel, requests: Sequence[Request]) -> Pace | None:
+        """None where no request adapts. What was learned is kept by kind of request and size of batch."""
+        adaptive = [r.lossless and r.adaptive and r.block_size > 1 for r in requests]
+        own = [r for r, adapts in zip(requests, adaptive, strict=True) if adapts]
+        if not own:
+            return None
+        limit = max(r.block_size for r in own)
+        ways = {(r.drafting, r.policy, r.sampling.temperature > 0) for r in own}
+        key = (limit, frozenset(ways), len(requests).bit_length())
+        learned = _LEARNED.setdefault(model, {}).setdefault(key, Learned(float(limit)))
+        return Pace(limit, adaptive, learned)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the next block, the certain first one included."""
+        if not self.drafting:
+            return 1
+        return max(2, min(self.limit, math.ceil(1.5 * (self._learned.kept - 1)) + 2))
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """Which of these requests adapt."""
+        return self._adaptive[rows]
+
+    def note(self, tokens: float, seconds: float) -> None:
+        """A round: the tokens that a row kept on average, and the time it took."""
+        mode, learned = self.drafting, self._learned
+        learned.rounds += 1
+        if not self._fresh:  # a call's first round has no draft yet, and its clock also ran for what is done once
+            learned.tokens[mode] = self.DECAY * learned.tokens[mode] + tokens
+            learned.seconds[mode] = self.DECAY * learned.seconds[mode] + seconds
+        self._fresh = False
+        if mode:
+            learned.kept += 0.2 * (tokens - learned.kept)
+        self.drafting = self._next()
+
+    def _next(self) -> bool:
+        learned = self._learned
+        if learned.rounds < 2 * self.TRIAL:
+            return learned.rounds < self.TRIAL
+        trying = learned.rounds % self.AGAIN < self.TRIAL // 2
+        return (learned.rate(True) > learned.rate(False)) != trying
