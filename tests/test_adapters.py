@@ -170,3 +170,35 @@ def test_targets_that_match_nothing_and_other_mistakes_are_loud(start, tmp_path)
     with pytest.raises(UnsupportedModel, match=r"has no \[MASK\] row to adapt"):
         load(first).attach_adapter(Adapter("lora"))
     write_corpus(tmp_path)
+
+
+def test_a_frozen_adapter_is_trained_on_as_it_is_or_not_at_all(start, tmp_path):
+    """A config without the key goes on with the checkpoint's own adapter; what it learns is there after loading."""
+    run = adapted(tmp_path, start("llama"), "noisy")
+    tree = tiny_config(tmp_path, output=str(tmp_path / "more"))
+    tree["model"], tree["objective"] = {"init": str(run.checkpoint)}, {"ar_weight": 0.0}
+    tree["train"] = {**tree.get("train", {}), "steps": 20, "learning_rate": 3e-2}
+    tree["eval"] = {"block_sizes": []}
+    more = load(train(make_config(tree)).checkpoint)
+    first = load(run.checkpoint)
+    assert more.spec.adapter == first.spec.adapter == Adapter("noisy", rank=first.spec.adapter.rank)
+    ids, tokens = batch(first.vocabulary - 1)
+    assert torch.equal(more(ids, tokens), first(ids, tokens))
+    (after, what), (before, _) = masked_losses(more, ids, tokens), masked_losses(first, ids, tokens)
+    assert (after[what == 0] - before[what == 0]).abs().max() > 1e-2
+    for changes, words in (
+        ({"model": {"init": str(run.checkpoint), "adapter": {"kind": "lora"}}}, "can only be trained on as it is"),
+        ({"model": {"init": str(run.checkpoint), "adapter": {"kind": "noisy", "rank": 9}}}, "rank: 4"),
+        ({"objective": {"ar_weight": 0.5}}, "whose clean stream is not trained"),
+        ({"objective": {"ar_weight_end": 0.5}}, "whose clean stream is not trained"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            train(make_config({**tree, **changes, "output": str(tmp_path / "refused")}))
+
+
+def test_a_damaged_adapter_is_one_line(start, tmp_path):
+    run = adapted(tmp_path, start("llama"), "noisy")
+    file = run.checkpoint / "adapter.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(UnsupportedModel, match="damaged"):
+        load(run.checkpoint)

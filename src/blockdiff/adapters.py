@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -126,11 +127,21 @@ class AttachedAdapter(nn.Module):
 
     def load(self, directory: Path, backbone: PreTrainedModel) -> None:
         """Read what `save` wrote; raises UnsupportedModel where it belongs to another network."""
-        tensors: Mapping[str, Tensor] = load_file(directory / FILE)
+        try:
+            tensors: Mapping[str, Tensor] = load_file(directory / FILE)
+        except SafetensorError as error:
+            raise UnsupportedModel(f"{directory / FILE}: damaged ({error}); copy it again") from None
         own = {name for name in backbone.state_dict() if "lora_" in name} | {"mask_row"}
         if own != set(tensors):
             odd = sorted(own ^ set(tensors))[0]
             raise UnsupportedModel(f"{directory / FILE}: not the adapter of this model (first difference: {odd})")
+        shapes = {name: tensor.shape for name, tensor in backbone.state_dict().items() if "lora_" in name}
+        for name, shape in {**shapes, "mask_row": self.mask_row.shape}.items():
+            if tensors[name].shape != shape:
+                raise UnsupportedModel(
+                    f"{directory / FILE}: not the adapter of this model ({name} is {list(tensors[name].shape)}, not "
+                    f"{list(shape)})"
+                )
         with torch.no_grad():
             self.mask_row.copy_(tensors["mask_row"])
         backbone.load_state_dict({n: t for n, t in tensors.items() if n != "mask_row"}, strict=False)

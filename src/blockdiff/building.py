@@ -10,6 +10,7 @@ import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blockdiff import data, loading
+from blockdiff.adapters import Adapter
 from blockdiff.config import ConfigError, ModelConfig, RunConfig
 from blockdiff.coverage import SpanShare, histogram
 from blockdiff.data import Corpus, Encoder, PackedRows
@@ -32,9 +33,10 @@ def build_model(config: RunConfig) -> BlockDiffusionModel:
         raise ConfigError(
             f"data.length: {config.data.length} tokens do not fit the model's context of {bridge.context_length}"
         )
-    frozen = config.model.adapter is not None and config.model.adapter.kind == "noisy"
-    if config.model.adapter is not None and bridge.adapter is None:
-        bridge.attach_adapter(config.model.adapter)
+    adapter = _adapter_of(bridge, config)
+    frozen = adapter is not None and adapter.kind == "noisy"
+    if adapter is not None and bridge.adapter is None:
+        bridge.attach_adapter(adapter)
     if config.train.gradient_checkpointing:
         newer = getattr(bridge.backbone, "activation_checkpointing_enable", None)  # its name in newer transformers
         (newer or bridge.backbone.gradient_checkpointing_enable)({"use_reentrant": False})
@@ -46,10 +48,10 @@ def build_model(config: RunConfig) -> BlockDiffusionModel:
         layout=config.layout,
         noise=config.noise,
         trained_length=config.data.length,
-        ar_trained=causal and (config.objective.ar_weight > 0 or config.layout.kind == "ar" or frozen),
+        ar_trained=causal and (config.objective.trains_ar or config.layout.kind == "ar" or frozen),
         documents=(),
         trained_tokens=0,
-        adapter=config.model.adapter if frozen else None,
+        adapter=adapter if frozen else None,
     )
     return bridge
 
@@ -117,6 +119,25 @@ def validation_corpus(config: RunConfig, encoder: Encoder) -> Corpus | None:
     if config.data.valid is None:
         return None
     return data.read_corpus(config.data.valid, encoder, config.data.bad_rows)
+
+
+def _adapter_of(bridge: BlockDiffusionModel, config: RunConfig) -> Adapter | None:
+    """The adapter that is trained: the config's, or the frozen one that the checkpoint came with, trained on."""
+    own, asked = bridge.spec.adapter, config.model.adapter
+    if own is None:
+        return asked
+    words = f"{{kind: {own.kind}, rank: {own.rank}, alpha: {own.alpha:g}}}"
+    if asked is not None and asked != own:
+        raise ConfigError(
+            f"model.adapter: {config.model.init} has a frozen adapter {words} already, which can only be trained on as "
+            "it is; leave the key out, or start from the checkpoint without an adapter"
+        )
+    if asked is None and config.objective.trains_ar:
+        raise ConfigError(
+            f"objective.ar_weight: {config.model.init} has a frozen adapter {words}, whose clean stream is not "
+            "trained; set ar_weight to 0"
+        )
+    return own
 
 
 def _from_checkpoint(config: RunConfig) -> BlockDiffusionModel:

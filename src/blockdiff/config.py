@@ -84,7 +84,9 @@ class ObjectiveConfig(_Group):
         description="nelbo: the bound; ce: plain cross-entropy; a list: weight of k = 1, 2, ... masks in a block",
     )
     ar_weight: float = Field(0.0, ge=0, allow_inf_nan=False, description="weight of the AR loss on the clean stream")
-    ar_weight_end: float | None = Field(None, ge=0, description="AR weight at the last step, reached linearly")
+    ar_weight_end: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="AR weight at the last step, reached linearly"
+    )
     draws_per_pass: int = Field(1, ge=1, description="noise draws that share one clean pass")
     active: Literal["all", "one"] = Field(
         "all", description="all: every block of a document in one pass; one: a random block (Blockwise SFT)"
@@ -95,6 +97,11 @@ class ObjectiveConfig(_Group):
         None, ge=0, le=1, description="ablation, active one: the block sees what follows it, this share unmasked"
     )
 
+    @property
+    def trains_ar(self) -> bool:
+        """Whether the AR loss is part of training at some step."""
+        return self.ar_weight > 0 or bool(self.ar_weight_end)
+
 
 class TrainConfig(_Group):
     """Optimisation."""
@@ -104,7 +111,7 @@ class TrainConfig(_Group):
     minutes: float | None = Field(None, gt=0, description="or: minutes (steps follow from the measured speed)")
     rows: int = Field(8, ge=1, description="rows in a pass")
     accumulation: int = Field(1, ge=1, description="passes in an optimizer step")
-    learning_rate: float = Field(3e-4, gt=0)
+    learning_rate: float = Field(3e-4, gt=0, allow_inf_nan=False)
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = Field(0.0, ge=0)
@@ -186,7 +193,7 @@ class RunConfig(_Group):
                 )
             if self.layout.kind == "ar":
                 raise ValueError("model.adapter noisy has nothing to train in layout ar: no block has a noisy token")
-        if self.objective.ar_weight > 0 and self.model.clean_context == "block_causal":
+        if self.objective.trains_ar and self.model.clean_context == "block_causal":
             raise ValueError(
                 "objective.ar_weight needs model.clean_context = context_causal: a block-causal clean stream already "
                 "sees the token it would predict"

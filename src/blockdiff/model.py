@@ -75,6 +75,13 @@ class Spec:
         often = [size for size in range(1, min(length, 16) + 1) if lasting[size] >= lasting.max() / 10]
         return max(often) if often else int(lasting.argmax())
 
+    def alignment_of(self, block_size: int) -> Alignment:
+        """The alignment under which blocks of this size are decoded and scored. Blocks of one token are read from the
+        clean stream where that is an AR model: a seeded block would ask the noisy one, which an adapter changes."""
+        if block_size == 1 and self.ar_trained and self.alignment.seeded:
+            return Alignment("shift", "clean")
+        return self.alignment.scoring()
+
     def to_json(self) -> dict[str, Any]:
         share = self.layout.token_share(self.trained_length) if self.trained_length else torch.zeros(0)
         return {

@@ -246,8 +246,13 @@ class SearchedClip(Noise):
         return Clipped(1e-3, 1.0).corrupt(block, u_block, u_token)
 
     def count_probability(self, n: int) -> Tensor:
-        """That of the whole range: which interval was found is not part of the description."""
-        return Clipped(1e-3, 1.0).count_probability(n)
+        """That of the whole range: which interval was found is not part of the description. Redrawn masks keep to the
+        interval, so the counts at its far end may never have been trained, and count as not trained."""
+        probability = Clipped(1e-3, 1.0).count_probability(n)
+        if self.redraw:
+            k = torch.arange(n + 1)
+            probability = torch.where(k <= max(self.widths) * n, probability, 0.0)
+        return probability / probability.sum()
 
 
 @dataclass(frozen=True)

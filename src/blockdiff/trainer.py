@@ -10,6 +10,7 @@ what the uninterrupted one would have drawn.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -112,6 +113,11 @@ class BlockDiffusionTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._means())
+            if not math.isfinite(logs["loss"]):
+                raise ValueError(
+                    f"the loss is {logs['loss']} at step {self.state.global_step}: lower train.learning_rate, or look "
+                    "for broken rows in data.train"
+                )
         super().log(logs, start_time)
 
     def _bare(self) -> BlockDiffusionModel:

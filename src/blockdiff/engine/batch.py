@@ -118,9 +118,8 @@ class Batch:
         seeded one drafts, and blocks of one token where the clean stream is an AR model."""
         if self.alignment.first_is_clean:
             return torch.ones_like(self.lossless)
-        if not (self.alignment.seeded and self.model.spec.ar_trained):
-            return self.lossless
-        return self.lossless | (self.block_size == 1)
+        alone = self.model.spec.alignment_of(1).first_is_clean
+        return self.lossless | ((self.block_size == 1) & alone)
 
     def _sizes(self) -> Tensor:
         """Tokens of every row's next block: int64 [R]."""

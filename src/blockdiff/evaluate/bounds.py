@@ -171,7 +171,7 @@ class _Measurement:
         self.model, self.size, self.offset, self.seed, self.exact = model, size, offset, seed, exact
         self.noise = ExactCount(left_bias)
         self.left_bias = left_bias
-        self.alignment: Alignment = model.spec.alignment.scoring()
+        self.alignment: Alignment = model.spec.alignment_of(size)
         noisy = size - int(self.alignment.first_is_clean)
         self.noiseless = noisy <= 1  # a single place is always masked: nothing is random
         self.passes = 1 if self.noiseless else (2**noisy - 1 if exact else draws)
