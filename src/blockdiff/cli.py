@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from blockdiff import cli_data, cli_experiment, cli_generate
+from blockdiff import cli_bench, cli_data, cli_experiment, cli_generate
 from blockdiff.cli_options import (
     BlockSize,
     Changes,
@@ -201,6 +201,7 @@ def make_report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> 
 
 
 app.add_typer(cli_data.data, name="data")
+app.add_typer(cli_bench.bench, name="bench")
 app.command()(cli_experiment.experiment)
 app.command()(cli_experiment.results)
 app.command()(cli_data.sample)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from statistics import StatisticsError, correlation, fmean, stdev
 from typing import Any
 
@@ -115,3 +116,23 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     middle = share + room / 2
     half = z * math.sqrt(share * (1 - share) / n + room / (4 * n))
     return max(0.0, (middle - half) / (1 + room)), min(1.0, (middle + half) / (1 + room))
+
+
+def area_under_parallelism(points: Sequence[tuple[float, float]], best: float | None = None) -> float | None:
+    """AUP of (tokens per forward, score in percent) points: the area under score over parallelism, where scores below
+    the first one's by more than 5 are left out, and a score y weighs min(exp(-3 (1 - y / best)), 1) (d3LLM,
+    hao-ai-lab/d3LLM). best: the best score known, default the points' own. None without points."""
+    ordered = sorted(points)
+    if not ordered:
+        return None
+    first = ordered[0][1]
+    kept = [(rho, y) for rho, y in ordered if y >= first - 5]
+    top = max(y for _, y in kept) if best is None else best
+
+    def weighed(y: float) -> float:
+        return y * min(math.exp(-3 * (1 - y / top)), 1.0) if top > 0 else 0.0
+
+    area = kept[0][0] * kept[0][1]
+    for (low, y), (high, z) in pairwise(kept):
+        area += 0.5 * (high - low) * (weighed(y) + weighed(z))
+    return area

@@ -7,7 +7,6 @@ that a summary can treat them all alike.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,11 +15,11 @@ from typing import Any
 from blockdiff.api import documents_of, load
 from blockdiff.building import encoder_of, objective_of, training_rows
 from blockdiff.curriculum import adaptive
-from blockdiff.data import Document, Encoder
+from blockdiff.data import Document
 from blockdiff.decode import Sampling, named
 from blockdiff.distributions import AdaptiveMixture
-from blockdiff.engine import Output, Request
-from blockdiff.evaluate import GenerationRow, answer_questions, bound, document_nll, gradient_variance, read_questions
+from blockdiff.engine import Request
+from blockdiff.evaluate import GenerationRow, answer_questions, bound, gradient_variance, judge_texts, read_questions
 from blockdiff.evaluate.generation import Question
 from blockdiff.experiment.plan import Decode, Evaluate, Generation, Run, Variance
 from blockdiff.model import BlockDiffusionModel
@@ -140,7 +139,8 @@ def _texts(model: BlockDiffusionModel, settings: Generation, seed: int) -> list[
         row, outputs = answer_questions(model, questions, _form(decode, settings, seed), batch=256)
         numbers = _scores(row, answered=settings.questions is not None)
         if judge is not None:
-            numbers |= _judged(judge, questions, outputs)
+            judged = judge_texts(judge, [q.prompt for q in questions], [output.text for output in outputs])
+            numbers |= {} if judged is None else {"judge_nll": judged.nll, "judged_entropy": judged.entropy}
         found += [
             Measured(name, {"decode": label}, value, counts={"texts": len(questions)})
             for name, value in numbers.items()
@@ -165,22 +165,3 @@ def _scores(row: GenerationRow, *, answered: bool) -> dict[str, float]:
     if row.tokens_per_verify is not None:
         speed["tokens_per_verify"] = row.tokens_per_verify
     return ({"exact_match": row.exact_match} if answered else {}) | speed
-
-
-def _judged(judge: BlockDiffusionModel, questions: Sequence[Question], outputs: Sequence[Output]) -> dict[str, float]:
-    """Nats per token of the texts under the judge, and the entropy of their own tokens in nats (a judge alone is
-    pleased by a text that repeats itself)."""
-    assert judge.tokenizer is not None
-    encoder = Encoder(judge.tokenizer, end_id=None)  # a text that ran into its limit has no end to be judged
-    pairs = zip(questions, outputs, strict=True)
-    texts = [
-        encoder.completion(question.prompt, output.text, f"text {number}")
-        for number, (question, output) in enumerate(pairs)
-        if output.text.strip()
-    ]
-    if not texts:
-        return {}
-    tokens = Counter(token for text in texts for token in text.ids[~text.prompt].tolist())
-    total = sum(tokens.values())
-    entropy = -sum(count / total * math.log(count / total) for count in tokens.values())
-    return {"judge_nll": sum(document_nll(judge, texts)) / total, "judged_entropy": entropy}
