@@ -132,9 +132,7 @@ def test_coupled_verification_has_the_ar_law_for_any_draft():
     first = torch.where(second == 3, 2, first)  # an edit that looks at what came later
     own_first = draw(p1.expand(rows, 4), 0)
     agree = own_first == first
-    own_second = draw(
-        p2[own_first], 1
-    )  # verified in the same pass, or drawn anew
+    own_second = draw(p2[own_first], 1)  # verified in the same pass, or drawn anew
     share = torch.bincount(own_first * 4 + own_second, minlength=16).view(4, 4) / rows
     expected_error = float((truth * (1 - truth) / rows).sqrt().sum() * 0.4)
     assert float((share - truth).abs().sum() / 2) < 2 * expected_error

@@ -114,7 +114,7 @@ def test_ragged_adaptive_batches_are_each_their_own_ar_text(seed, prompt, new, s
             seed=seed + n,
             end_ids=(41,) if n % 2 else (),
             lossless=True,
-            drafting="ahead" if n < 2 else "policy",
+            drafting=("ahead", "ahead", "policy", "auto")[n],
             adaptive=n != 1,
         )
         for n in range(4)
@@ -147,7 +147,7 @@ def test_where_drafts_fail_decoding_falls_back_to_ar(monkeypatch):
         note = drafting_module.Pace.note
 
         def told(self, tokens, seconds):
-            note(self, tokens, tokens * (cost if self.drafting else 1.0))
+            note(self, tokens, tokens * (1.0 if self.mode == "ar" else cost))
 
         monkeypatch.setattr(drafting_module.Pace, "note", told)
         (output,) = generate(model, [request])
@@ -174,8 +174,9 @@ def test_a_seeded_frozen_adapter_writes_the_users_own_text(tmp_path):
         request = Request(tuple(model.encode("the cat")), 30, 1, sampling=sampling, seed=2)
         own = generate(plain, [request])[0].tokens
         assert generate(model, [request])[0].tokens == own
-        for way in ("ahead", "policy"):
+        for way in ("ahead", "policy", "auto"):
             drafted = replace(request, block_size=5, lossless=True, drafting=way, policy=POLICIES["one_step"])
+            drafted = replace(drafted, adaptive=way == "auto")
             assert generate(model, [drafted])[0].tokens == own
     (scored,), (theirs,) = (bound(one, ["the cat sat on the mat ."], [1]) for one in (model, plain))
     # the AR checkpoint also spreads a little over the spare row that becomes the [MASK]

@@ -20,7 +20,7 @@ from blockdiff.datafiles import BadRows
 from blockdiff.decode import Policy, Sampling, named
 from blockdiff.decode.automaton import Automaton, compile_pattern, schema_pattern
 from blockdiff.decode.pieces import token_pieces
-from blockdiff.engine import Output, Request, can_draft_ahead, generate
+from blockdiff.engine import Output, Request, generate
 from blockdiff.engine.runner import OnStep, OnText
 from blockdiff.engine.stream import pieces
 from blockdiff.evaluate import BoundRow
@@ -73,7 +73,7 @@ class Model(BlockDiffusionModel):
             stop=tuple(stop),
             end_ids=self.end_ids,
             lossless=lossless,
-            drafting="ahead" if lossless and policy is None and can_draft_ahead(self) else "policy",
+            drafting="auto" if lossless and policy is None else "policy",
             adaptive=lossless,
             stepwise=stepwise,
             forbidden=self.control_ids,

@@ -51,12 +51,11 @@ def ways_of(model: Model, block_sizes: Sequence[int], policies: Sequence[str], l
 
     ways = [Way(AR, of()), Way(HUGGING_FACE, None)]
     for size in block_sizes:
-        drafts: dict[str, dict[str, Any]] = {"": {"drafting": "policy"}}
-        if can_draft_ahead(model):
-            drafts[" ahead"] = {"drafting": "ahead"}
-        for name, drafting in drafts.items() if lossless else ():
-            changes = {"lossless": True, "adaptive": True, "policy": named("one_step"), "block_size": size, **drafting}
-            ways.append(Way(f"lossless{name} b={size}", of(**changes)))
+        drafts = ["auto", "policy", "ahead"] if can_draft_ahead(model) else ["policy"]
+        for drafting in drafts if lossless else ():
+            name = "lossless" if drafting == drafts[0] else f"lossless, {drafting}"
+            changes = {"lossless": True, "adaptive": True, "policy": named("one_step"), "drafting": drafting}
+            ways.append(Way(f"{name} b={size}", of(**changes, block_size=size)))
         ways += [Way(f"{text} b={size}", of(policy=named(text), block_size=size)) for text in policies]
     return ways
 

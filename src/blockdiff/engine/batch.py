@@ -58,6 +58,7 @@ class Batch:
         self.block_size = column([r.block_size for r in requests])
         self.lossless = column([r.lossless for r in requests])
         self.ahead = column([r.lossless and r.drafting == "ahead" for r in requests])
+        self.auto = column([r.lossless and r.drafting == "auto" for r in requests])
         self.last = column([r.prompt[-1] for r in requests])
         scales = [[part.scale for part in r.policy.logits if isinstance(part, Guidance)] for r in requests]
         self.guidance = torch.tensor([sum(own) for own in scales], device=model.device)
@@ -113,6 +114,12 @@ class Batch:
         for group in self.groups:
             self._start(group)
 
+    def _ahead(self) -> Tensor:
+        """Rows whose drafts ride in the verifying pass, bool [R]."""
+        if self.pace is not None and self.pace.mode == "ahead":
+            return self.ahead | self.auto
+        return self.ahead
+
     def _first_known(self) -> Tensor:
         """Rows whose block's first token comes from the AR logits, bool [R]: all under the clean boundary; under the
         seeded one drafts, and blocks of one token where the clean stream is an AR model."""
@@ -126,9 +133,10 @@ class Batch:
         size = torch.minimum(self.block_size, self.model.context_length - self.position)
         if self.pace is not None:
             size = torch.where(self.lossless & self.pace.rows(self.rows), size.clamp(max=self.pace.length), size)
-        if bool(self.ahead.any()):
+        ahead = self._ahead()
+        if bool(ahead.any()) or self.drafted is not None:
             ready = 1 + (0 if self.drafted is None else self.drafted.shape[1])
-            size = torch.where(self.ahead, size.clamp(max=ready), size)
+            size = torch.where(ahead | (self.auto & (self.drafted is not None)), size.clamp(max=ready), size)
         for at, row in enumerate(self.rows.tolist()):
             request = self.requests[row]
             if request.constraint is not None or request.lossless:  # neither changes its text by a shorter block
@@ -170,7 +178,7 @@ class Batch:
         """What was drafted ahead, as tokens of the open blocks."""
         for group in self.groups:
             logits = group.of(drafted)[:, : self.slot.shape[1] - 1]
-            ahead, blocks = group.of(self.ahead), group.blocks
+            ahead, blocks = group.of(self.ahead | self.auto), group.blocks
             if not logits.shape[1]:
                 continue
             noise = None if self.noise is None else group.of(self.noise)[:, 1 : 1 + logits.shape[1]]
@@ -333,7 +341,7 @@ class Batch:
         used = self.slot < self.size[:, None]
         start = self.position[:, None].expand_as(self.place)
         tokens = _clean(self.place, start, used)
-        if not bool(self.lossless.any()):
+        if not bool(self.lossless.any()) or (ids.shape[1] == 1 and self._length_ahead() == 1):
             self.drafted = None
             self.next_logits = self._clean_pass(ids, tokens, self.size[:, None] - 1)[:, 0]
         else:
@@ -347,9 +355,10 @@ class Batch:
         every = self.slot.expand_as(ids)
         if length > 1:
             assert self.model.spec.mask_id is not None
-            more_ids, more = branches(ids, tokens, self.ahead, length, self.model.spec.mask_id)
+            going = self._ahead()
+            more_ids, more = branches(ids, tokens, going, length, self.model.spec.mask_id)
             for at, row in enumerate(self.rows.tolist()):
-                self.outputs[row].positions += int(self.size[at]) * length if bool(self.ahead[at]) else 0
+                self.outputs[row].positions += int(self.size[at]) * length if bool(going[at]) else 0
             # of each branch all but its first prediction, which the AR logits replace
             read = torch.arange(width * length, device=ids.device).view(width, length)[:, 1:].flatten() + width
             slots = torch.cat([every, read.expand(len(ids), -1)], 1)
@@ -372,9 +381,10 @@ class Batch:
 
     def _length_ahead(self) -> int:
         """Tokens of a block drafted in the verifying pass (its first one included); 1: none is."""
-        if not bool(self.ahead.any()):
+        going = self._ahead()
+        if not bool(going.any()):
             return 1
-        longest = int(self.block_size[self.ahead].max())
+        longest = int(self.block_size[going].max())
         room = self.model.context_length - int((self.position + self.size).max())
         return max(1, min(longest if self.pace is None else min(longest, self.pace.length), room))
 
@@ -401,7 +411,19 @@ class Batch:
             self.past.select(kept)
             if self.shadow is not None:
                 self.shadow.select(kept)
-        columns = ("position", "origin", "seed", "block_size", "lossless", "ahead", "last", "guidance", "size", "place")
+        columns = (
+            "position",
+            "origin",
+            "seed",
+            "block_size",
+            "lossless",
+            "ahead",
+            "auto",
+            "last",
+            "guidance",
+            "size",
+            "place",
+        )
         for name in (*columns, "next_logits", "given", "drafted", "noise"):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value[kept])

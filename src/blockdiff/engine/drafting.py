@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -89,40 +89,42 @@ def branches(ids: Tensor, tokens: TokenMap, rows: Tensor, length: int, mask_id: 
     return inputs.flatten(1), found.map(lambda tensor: tensor.flatten(1))
 
 
+Mode = Literal["ar", "policy", "ahead"]
+
+
 @dataclass
 class Learned:
-    """What drafting brought on one model so far: decayed tokens and seconds with and without it, and tokens kept."""
+    """What each mode brought on one model so far: decayed tokens and seconds, and the tokens that drafts kept."""
 
     kept: float
     rounds: int = 0
-    tokens: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0})
-    seconds: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0})
+    tokens: dict[Mode, float] = field(default_factory=dict)
+    seconds: dict[Mode, float] = field(default_factory=dict)
 
-    def rate(self, drafting: bool) -> float:
+    def rate(self, mode: Mode) -> float:
         """Tokens a second."""
-        return self.tokens[drafting] / max(self.seconds[drafting], 1e-9)
+        return self.tokens.get(mode, 0.0) / max(self.seconds.get(mode, 0.0), 1e-9)
 
 
 _LEARNED: WeakKeyDictionary[BlockDiffusionModel, dict[Any, Learned]] = WeakKeyDictionary()
 
 
 class Pace:
-    """How long adaptive lossless requests draft, and whether drafting pays at all.
+    """How adaptive lossless requests draft: not at all, by their policy or ahead, and how long.
 
-    Both follow what was measured on this model, in this call and the ones before it: the tokens that verifications let
+    It follows what was measured on this model, in this call and the ones before it: the tokens that verifications let
     through say how long a draft should be (half as long again as what is kept, and two more), and the tokens a second
-    of drafting against those of plain AR say which of the two goes on; now and then the other one is tried again.
-    Only speed depends on it, never the text.
+    of every mode which one goes on; now and then another one is tried again. Only speed depends on it, never the text.
     """
 
-    TRIAL, AGAIN, DECAY = 4, 64, 0.9
+    TRIAL, AGAIN, DECAY = 6, 96, 0.95
 
-    def __init__(self, limit: int, adaptive: Sequence[bool], learned: Learned) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, modes: Sequence[Mode], adaptive: Sequence[bool], learned: Learned) -> None:
+        self.limit, self.modes = limit, tuple(modes)
         self._adaptive = torch.tensor(adaptive)
         self._learned = learned
+        self.mode = self._next()
         self._fresh = True
-        self.drafting = self._next()
 
     @staticmethod
     def of(model: BlockDiffusionModel, requests: Sequence[Request]) -> Pace | None:
@@ -133,14 +135,18 @@ class Pace:
             return None
         limit = max(r.block_size for r in own)
         ways = {(r.drafting, r.policy, r.sampling.temperature > 0) for r in own}
-        key = (limit, frozenset(ways), len(requests).bit_length())
-        learned = _LEARNED.setdefault(model, {}).setdefault(key, Learned(float(limit)))
-        return Pace(limit, adaptive, learned)
+        wanted = {r.drafting for r in own}
+        modes: list[Mode] = ["policy"] if wanted & {"policy", "auto"} else []
+        modes += ["ahead"] if "ahead" in wanted or ("auto" in wanted and can_draft_ahead(model)) else []
+        learned = _LEARNED.setdefault(model, {}).setdefault(
+            (limit, frozenset(ways), len(requests).bit_length()), Learned(float(limit))
+        )
+        return Pace(limit, [*modes, "ar"], adaptive, learned)
 
     @property
     def length(self) -> int:
         """Tokens of the next block, the certain first one included."""
-        if not self.drafting:
+        if self.mode == "ar":
             return 1
         return max(2, min(self.limit, math.ceil(1.5 * (self._learned.kept - 1)) + 2))
 
@@ -150,19 +156,22 @@ class Pace:
 
     def note(self, tokens: float, seconds: float) -> None:
         """A round: the tokens that a row kept on average, and the time it took."""
-        mode, learned = self.drafting, self._learned
+        mode, learned = self.mode, self._learned
         learned.rounds += 1
-        if not self._fresh:  # a call's first round has no draft yet, and its clock also ran for what is done once
-            learned.tokens[mode] = self.DECAY * learned.tokens[mode] + tokens
-            learned.seconds[mode] = self.DECAY * learned.seconds[mode] + seconds
-        self._fresh = False
-        if mode:
-            learned.kept += 0.2 * (tokens - learned.kept)
-        self.drafting = self._next()
+        if not self._fresh:  # a mode's first round opens with what the last one left
+            learned.tokens[mode] = self.DECAY * learned.tokens.get(mode, 0.0) + tokens
+            learned.seconds[mode] = self.DECAY * learned.seconds.get(mode, 0.0) + seconds
+            if mode != "ar":
+                learned.kept += 0.2 * (tokens - learned.kept)
+        self.mode = self._next()
+        self._fresh = self.mode != mode
 
-    def _next(self) -> bool:
-        learned = self._learned
-        if learned.rounds < 2 * self.TRIAL:
-            return learned.rounds < self.TRIAL
-        trying = learned.rounds % self.AGAIN < self.TRIAL // 2
-        return (learned.rate(True) > learned.rate(False)) != trying
+    def _next(self) -> Mode:
+        rounds = self._learned.rounds
+        if rounds < self.TRIAL * len(self.modes):
+            return self.modes[rounds // self.TRIAL]
+        best = max(self.modes, key=self._learned.rate)
+        if rounds % self.AGAIN < self.TRIAL // 2 + 1:
+            others = [mode for mode in self.modes if mode != best]
+            return others[rounds // self.AGAIN % len(others)] if others else best
+        return best

@@ -17,8 +17,9 @@ class Request:
     occurrence; end_ids are tokens that end it; forbidden ones are never written.
 
     lossless: what is filled is a draft, of which only the part that the AR model would have written itself is kept
-    (`engine.drafting`). drafting: by the policy in passes of its own, or `ahead`, in the pass that verifies the draft
-    before. adaptive: drafts get shorter where they fail, and stop where they do not pay.
+    (`engine.drafting`). drafting: by the policy in passes of its own; `ahead`, in the pass that verifies the draft
+    before; or `auto`, whichever is faster. adaptive: drafts get shorter where they fail, and
+    stop where they do not pay.
     given: tokens of the text that are fixed, None where it is to be filled (infilling). stepwise: several steps of the
     policy guessed and checked in one pass (`engine.stepwise`). constraint: what the text must match.
 
@@ -35,7 +36,7 @@ class Request:
     stop: tuple[str, ...] = ()
     end_ids: tuple[int, ...] = ()
     lossless: bool = False
-    drafting: Literal["policy", "ahead"] = "policy"
+    drafting: Literal["policy", "ahead", "auto"] = "policy"
     adaptive: bool = False
     forbidden: tuple[int, ...] = ()
     given: tuple[int | None, ...] = ()
