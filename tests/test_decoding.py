@@ -21,6 +21,7 @@ from blockdiff.decode import POLICIES, TABLE, Sampling, named
 from blockdiff.decode.automaton import compile_pattern
 from blockdiff.engine import Request, generate
 from blockdiff.engine import drafting as drafting_module
+from blockdiff.engine import maps as maps_module
 from blockdiff.engine.batch import Batch
 from blockdiff.engine.stepwise import one_at_a_time
 from blockdiff.loading import load as load_bridge
@@ -74,7 +75,7 @@ def test_a_draft_of_the_wrong_branch_would_be_caught(monkeypatch):
     right = model_of(smooth=True)
     request = Request((5, 9, 11), 40, 6, sampling=Sampling(1.0), seed=3, lossless=True, drafting="ahead")
     kept = generate(right, [request])[0].verify_forwards
-    branches = drafting_module.branches
+    branches = maps_module.branches
 
     def merged(*args):
         ids, tokens = branches(*args)

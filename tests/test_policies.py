@@ -155,6 +155,15 @@ def test_parallel_and_value_dependent_steps_are_not(policy, at_least):
     assert distance(policy) > at_least
 
 
+def test_remasking_approaches_the_source_too(monkeypatch):
+    """What is masked again is drawn with new noise; with the old noise the law drifts off."""
+    policy = "random + reverse(60, eta=0.2) + remask(60, eta=0.2)"
+    limit = 1.6 * sampling_distance(HMM.law(4), ROWS)
+    assert distance(policy) < limit + 0.01
+    monkeypatch.setattr(OpenBlocks, "draws", property(lambda self: self.place))
+    assert distance(policy) > limit + 0.03
+
+
 def test_first_hitting_has_the_law_of_ancestral_sampling_in_the_limit():
     """On a denoiser that is *not* exact, so that their common law is not the source's."""
 

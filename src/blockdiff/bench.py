@@ -94,7 +94,7 @@ def bench_decode(
             1,
             sampling=Sampling(temperature),
             seed=seed + number,
-            forbidden=model.control_ids,
+            forbidden=(*model.control_ids, *model.end_ids),
         )
         for number, document in enumerate(documents)
     ]

@@ -27,7 +27,8 @@ class OpenBlocks:
 
     ids, status, filled_at (step that filled a position, 0: none), edits [R, n] int64; confidence and log_probability
     [R, n] float64: of a filled token when it was filled, under the raw softmax. place [R, n]: absolute positions;
-    seed [R]; step [R]: steps taken; opened [R]: masks at the opening. memory: what parts keep from step to step,
+    seed [R]; step [R]: steps taken; opened [R]: masks at the opening; visits [R, n]: how often a
+    position was masked again. memory: what parts keep from step to step,
     tensors with R rows.
     """
 
@@ -41,6 +42,7 @@ class OpenBlocks:
     log_probability: Tensor
     step: Tensor
     opened: Tensor
+    visits: Tensor
     memory: dict[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
@@ -50,7 +52,7 @@ class OpenBlocks:
         unknown = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
         opened = (status == MASK).sum(1)
         return OpenBlocks(
-            ids, status, place, seed, zeros, zeros, unknown, unknown.clone(), torch.zeros_like(opened), opened
+            ids, status, place, seed, zeros, zeros, unknown, unknown, torch.zeros_like(opened), opened, zeros
         )
 
     @staticmethod
@@ -76,6 +78,12 @@ class OpenBlocks:
     def slot(self) -> Tensor:
         """Slot numbers [1, n]."""
         return torch.arange(self.ids.shape[1], device=self.ids.device)[None]
+
+    @property
+    def draws(self) -> Tensor:
+        """What the noise of a position's token is keyed by, int64 [R, n]: its place, and a new key for every time that
+        it was masked again. A second draw with the first one's noise would not be a draw."""
+        return self.place + (self.visits << 40)
 
     def uniform(self, purpose: int) -> Tensor:
         """Numbers in (0, 1), float64 [R, n]: a function of seed, absolute position, step and purpose."""
@@ -136,7 +144,7 @@ class OpenBlocks:
         return replace(self, status=status, opened=(status == MASK).sum(1))
 
 
-_SLOTWISE = ("ids", "status", "place", "filled_at", "edits", "confidence", "log_probability")
+_SLOTWISE = ("ids", "status", "place", "filled_at", "edits", "confidence", "log_probability", "visits")
 _ROWWISE = tuple(name for name in OpenBlocks.__dataclass_fields__ if name != "memory")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 _ANCHORS = ("a", "x", "0", ".")
@@ -39,3 +40,9 @@ def _anchor(tokenizer: Any) -> tuple[int, str]:
 
 def _decoded(tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def tokens_with(tokenizer: Any, strings: Sequence[str]) -> list[int]:
+    """Tokens whose text holds one of the strings; [-1] where there is none."""
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    return [token for token, text in enumerate(texts) if any(string in text for string in strings)] or [-1]

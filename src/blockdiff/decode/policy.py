@@ -145,6 +145,8 @@ class Policy:
         after = _filled(view, self._chosen(view))
         if self.reviser is not None:
             after = self.reviser(view, after)
+            again = blocks.filled & after.masked
+            after = replace(after, visits=after.visits + again.long())
         finished = ~after.masked.any(1) if self.reviser is None else self.reviser.finished(view, after)
         for part in self.parts:
             after = part.remember_raw(after, raw) if isinstance(part, Credit) else part.remember(view, after)

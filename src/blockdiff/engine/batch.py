@@ -18,8 +18,10 @@ from torch import Tensor
 from blockdiff.decode import FILLED, FIXED, MASK, OUTSIDE, OpenBlocks, Policy, SamplingBatch, gumbel, propose
 from blockdiff.decode.blocks import NOISE
 from blockdiff.decode.inputs import Guidance, Soft
+from blockdiff.decode.pieces import tokens_with
 from blockdiff.engine.constraint import Constrained
-from blockdiff.engine.drafting import Pace, agreed, branches
+from blockdiff.engine.drafting import Pace, agreed
+from blockdiff.engine.maps import branches, clean_map
 from blockdiff.engine.request import Output, Request
 from blockdiff.layout import TokenMap
 from blockdiff.masks import AttentionSums
@@ -75,9 +77,9 @@ class Batch:
 
     def _given(self) -> Tensor | None:
         """Fixed tokens [R, L] of the texts, -1 elsewhere; None where there are none."""
-        width = max(len(r.given) for r in self.requests)
-        rows = [[-1 if t is None else t for t in r.given] + [-1] * (width - len(r.given)) for r in self.requests]
-        return self._column(rows) if width else None  # type: ignore[arg-type]
+        rows = [torch.tensor([-1 if token is None else token for token in r.given]) for r in self.requests]
+        given = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).long()
+        return given.to(self.model.device) if given.shape[1] else None
 
     # ---- passes
 
@@ -88,7 +90,7 @@ class Batch:
             ids[row, : len(request.prompt)] = torch.tensor(request.prompt)
         place = torch.arange(width, device=self.model.device).expand(len(ids), -1)
         used = place < self.position[:, None]
-        tokens = _clean(place, place, used, prompt=True)
+        tokens = clean_map(place, place, used, prompt=True)
         self.next_logits = self._clean_pass(ids.to(self.model.device), tokens, self.position[:, None] - 1)[:, 0]
 
     def open(self) -> None:
@@ -248,6 +250,8 @@ class Batch:
 
     def _propose(self, group: Group, blocks: OpenBlocks) -> Callable[[Tensor], Tensor]:
         noise = None if self.noise is None else group.of(self.noise)[:, : blocks.ids.shape[1]]
+        if noise is not None and group.policy.reviser is not None:
+            noise = gumbel(blocks.seed, blocks.draws, noise.shape[-1])
         settings = self._sampling(group)
 
         def proposed(logits: Tensor) -> Tensor:
@@ -288,7 +292,7 @@ class Batch:
         """The open blocks in the noisy stream, beginning one token earlier where the blocks are seeded."""
         start = self.position[:, None].expand_as(self.place) - int(self.alignment.seeded)
         used = self.slot < self.size[:, None]
-        return replace(_clean(start + self.slot, start, used), noisy=torch.ones_like(used))
+        return replace(clean_map(start + self.slot, start, used), noisy=torch.ones_like(used))
 
     def _block_logits(self, past: Past | None, sums: AttentionSums | None) -> Tensor:
         """Logits [R, W, V] of the open blocks, slot j predicting the block's token j (slot 0 unused under `clean`)."""
@@ -308,8 +312,7 @@ class Batch:
     def _allowed(self, logits: Tensor) -> Tensor:
         """Logits [R, ..., V] without the tokens that may not be written (changed in place)."""
         if self._one_forbidden:
-            tokens = self._forbidden[0]
-            return logits.index_fill_(-1, tokens, -torch.inf) if len(tokens) else logits
+            return logits.index_fill_(-1, self._forbidden[0], -torch.inf)
         for at, row in enumerate(self.rows.tolist()):
             logits[at].index_fill_(-1, self._forbidden[row], -torch.inf)
         return logits
@@ -317,11 +320,7 @@ class Batch:
     def _ids_of(self, strings: tuple[str, ...]) -> Tensor:
         """Tokens whose text holds one of the strings."""
         if strings not in self._token_ids:
-            tokenizer = self.model.tokenizer
-            assert tokenizer is not None
-            texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-            found = [i for i, text in enumerate(texts) if any(string in text for string in strings)]
-            self._token_ids[strings] = self._column(found) if found else self._column([-1])
+            self._token_ids[strings] = self._column(tokens_with(self.model.tokenizer, strings))
         return self._token_ids[strings]
 
     # ---- committing
@@ -340,7 +339,7 @@ class Batch:
             self.outputs[row].positions += int(self.size[at])
         used = self.slot < self.size[:, None]
         start = self.position[:, None].expand_as(self.place)
-        tokens = _clean(self.place, start, used)
+        tokens = clean_map(self.place, start, used)
         if not bool(self.lossless.any()) or (ids.shape[1] == 1 and self._length_ahead() == 1):
             self.drafted = None
             self.next_logits = self._clean_pass(ids, tokens, self.size[:, None] - 1)[:, 0]
@@ -429,16 +428,3 @@ class Batch:
             setattr(self, name, None if value is None else value[kept])
         self.sampling = self.sampling.select(kept)
         self.groups = [Group(self.groups[0].policy, None, whole, torch.ones_like(kept, dtype=torch.bool))]
-
-
-def _clean(position: Tensor, start: Tensor, used: Tensor, prompt: bool = False) -> TokenMap:
-    """Clean tokens of one document a row; tokens that are not used belong to none."""
-    no = torch.zeros_like(used)
-    return TokenMap(
-        doc=torch.where(used, 0, -1),
-        position=position,
-        block=start,
-        start=start,
-        prompt=~no if prompt else no,
-        noisy=no,
-    )

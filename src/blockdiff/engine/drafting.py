@@ -27,7 +27,6 @@ from torch import Tensor
 
 from blockdiff.decode import SamplingBatch, propose
 from blockdiff.engine.request import Request
-from blockdiff.layout import TokenMap
 from blockdiff.model import BlockDiffusionModel
 
 
@@ -73,22 +72,6 @@ def agreed(logits: Tensor, ids: Tensor, noise: Tensor | None, used: Tensor, samp
     return 1 + same.long().cumprod(1).sum(1)
 
 
-def branches(ids: Tensor, tokens: TokenMap, rows: Tensor, length: int, mask_id: int) -> tuple[Tensor, TokenMap]:
-    """For every slot of the blocks, a noisy block that begins after it: its token as the seed, then masks.
-
-    ids and tokens [R, W] of the clean pass, rows bool [R]: which rows draft ahead. Returns ids and map
-    [R, W * length].
-    """
-    count, width = ids.shape
-    slot = torch.arange(length, device=ids.device)
-    inputs = torch.where(slot == 0, ids[..., None], mask_id)
-    start = tokens.position[..., None].expand(count, width, length)
-    doc = torch.where(rows[:, None], tokens.doc, -1)[..., None].expand(count, width, length)
-    no = torch.zeros_like(doc, dtype=torch.bool)
-    found = TokenMap(doc=doc, position=start + slot, block=start, start=start, prompt=no, noisy=~no)
-    return inputs.flatten(1), found.map(lambda tensor: tensor.flatten(1))
-
-
 Mode = Literal["ar", "policy", "ahead"]
 
 
@@ -98,6 +81,9 @@ class Learned:
 
     kept: float
     rounds: int = 0
+    best: Mode | None = None
+    last_try: int = 0  # round in which another mode was last tried, and rounds until the next time
+    patience: int = 96
     tokens: dict[Mode, float] = field(default_factory=dict)
     seconds: dict[Mode, float] = field(default_factory=dict)
 
@@ -114,15 +100,17 @@ class Pace:
 
     It follows what was measured on this model, in this call and the ones before it: the tokens that verifications let
     through say how long a draft should be (half as long again as what is kept, and two more), and the tokens a second
-    of every mode which one goes on; now and then another one is tried again. Only speed depends on it, never the text.
+    of every mode which one goes on; another one is tried again more and more seldom. Only speed depends on it, never
+    the text.
     """
 
-    TRIAL, AGAIN, DECAY = 6, 96, 0.95
+    TRIAL, DECAY = 6, 0.95
 
     def __init__(self, limit: int, modes: Sequence[Mode], adaptive: Sequence[bool], learned: Learned) -> None:
         self.limit, self.modes = limit, tuple(modes)
         self._adaptive = torch.tensor(adaptive)
         self._learned = learned
+        self.mode: Mode = learned.best or self.modes[0]
         self.mode = self._next()
         self._fresh = True
 
@@ -170,8 +158,15 @@ class Pace:
         rounds = self._learned.rounds
         if rounds < self.TRIAL * len(self.modes):
             return self.modes[rounds // self.TRIAL]
-        best = max(self.modes, key=self._learned.rate)
-        if rounds % self.AGAIN < self.TRIAL // 2 + 1:
+        learned = self._learned
+        since, tried = rounds - learned.last_try, self.TRIAL // 2 + 1
+        if learned.best is not None and since < tried:
+            return self.mode
+        best = max(self.modes, key=learned.rate)
+        if best != learned.best:
+            learned.best, learned.patience, learned.last_try = best, 96, rounds - tried
+        elif since >= learned.patience:
+            learned.patience, learned.last_try = min(2 * learned.patience, 3072), rounds
             others = [mode for mode in self.modes if mode != best]
-            return others[rounds // self.AGAIN % len(others)] if others else best
+            return others[learned.patience.bit_length() % len(others)] if others else best
         return best

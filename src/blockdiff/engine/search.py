@@ -14,7 +14,7 @@ from blockdiff.engine.request import Output, Request
 from blockdiff.engine.stream import TextStream
 from blockdiff.rng import uniform
 
-_PARTICLE, _RESAMPLE = 10, 11  # purposes of random numbers
+_PARTICLE, _RESAMPLE, _REFINE = 10, 11, 13  # purposes of random numbers
 
 
 @dataclass
@@ -120,6 +120,7 @@ def refinement(request: Request, draft: Output) -> Request:
         max_new_tokens=len(given),
         block_size=len(given),
         policy=replace(request.policy, refine=None),
+        seed=int(uniform(request.seed, _REFINE) * 2**53),  # a second draw with the first one's noise is none
         stop=(),
         end_ids=(),
         forbidden=tuple(dict.fromkeys((*request.forbidden, *request.end_ids))),

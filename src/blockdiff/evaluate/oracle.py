@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import torch
@@ -124,7 +125,9 @@ def decode(source: Source, policy: Policy, n: int, rows: int, *, temperature: fl
     final, steps = torch.zeros(rows, dtype=torch.bool), 0
     while not bool(final.all()):
         logits = source.log_conditionals(blocks.ids, ~blocks.masked)
-        after, done = policy.step(blocks, logits, lambda read: propose(read, noise, settings))
+        if policy.reviser is not None:
+            noise = gumbel(seeds, blocks.draws, source.symbols)
+        after, done = policy.step(blocks, logits, partial(propose, noise=noise, settings=settings))
         steps += int((~final).sum())
         blocks = after.unless(final, blocks)
         final = final | done
