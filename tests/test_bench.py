@@ -12,6 +12,7 @@ from test_cli import run
 
 import blockdiff
 from blockdiff.api import load
+from blockdiff.bench import areas
 from blockdiff.decode import Sampling, SamplingBatch, gumbel, propose
 from blockdiff.evaluate import judge_texts
 from blockdiff.frontier import bench_table
@@ -44,6 +45,21 @@ def test_bench_decode_compares_within_one_run(trained, tmp_path, capsys):
     assert plot.stat().st_size > 10_000
     assert run(*base, "--quality", capsys=capsys)[0] == 2
     assert "no text has more than 4000 tokens" in run(*base, "--prompt-tokens", 4000, capsys=capsys)[2]
+
+
+def test_the_area_is_over_the_policies_of_a_block_size():
+    def row(way, rho, nll):
+        return {"way": way, "tokens_per_forward": rho, "judge_nll": nll}
+
+    rows = [
+        row("ar", 1.0, 2.0),
+        row("fixed(1) b=4", 0.8, 2.0),
+        row("fixed(2) b=4", 1.5, 2.02),
+        row("lossless b=4", 3.0, 2.0),
+    ]
+    expected = area_under_parallelism([(0.8, 100.0), (1.5, 100 * math.exp(-0.02))], best=100.0)
+    assert areas(rows) == {"4": pytest.approx(expected)}
+    assert areas(rows[1:]) == {}
 
 
 def test_the_judge_scores_what_follows_the_prompt(trained):

@@ -102,7 +102,7 @@ def test_bad_files_are_named(tmp_path):
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_are_valid_and_explained(path):
     missing = ["data.train=x"] if path.stem != "adapt-stories260K" else []
-    missing += ["model.init=x"] if path.stem in ("adapt", "adapt-frozen", "draft", "sft") else []
+    missing += ["model.init=x"] if path.stem in ("adapt", "adapt-frozen", "draft", "joint-draft", "sft") else []
     text = explanation(load_config(path, missing))
     assert "share of the tokens by block size" in text
     assert "■" in text

@@ -242,7 +242,8 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in TABLE if not (POLICIES[n].search or POLICIES[n].refine or POLICIES[n].needs)]
+    "name",
+    [n for n in TABLE if not (POLICIES[n].search or POLICIES[n].refine or POLICIES[n].needs or POLICIES[n].planner)],
 )
 def test_infilling_keeps_both_sides_and_sees_them(checkpoint, name):
     found = checkpoint.infill("the cat sat", " mat . a dog ate", 5, policy=name)
@@ -250,6 +251,28 @@ def test_infilling_keeps_both_sides_and_sees_them(checkpoint, name):
     assert len(found.output.tokens) >= 5
     if name == "low_confidence":  # twin: another suffix, another hole
         assert found.hole != checkpoint.infill("the cat sat", " the hat . one", 5, policy=name).hole
+
+
+@pytest.mark.parametrize("suffix", ["nd the dog ran .", "t the mat .", " mat", ". one", "", "cat", "the hat"])
+def test_the_suffix_is_kept_to_the_letter(checkpoint, suffix):
+    found = checkpoint.infill("the cat sat", suffix, 3)
+    assert found.text.endswith(suffix)
+    assert found.text == "the cat sat" + found.hole + suffix
+
+
+def test_infilling_refuses_planned_blocks(checkpoint):
+    with pytest.raises(ValueError, match="may end a block between a hole and what is fixed"):
+        checkpoint.infill("the cat sat", " the mat .", 5, policy="swordsman")
+
+
+def test_a_constraint_knows_where_the_context_ends(checkpoint):
+    prompt = tuple(checkpoint.encode("the cat sat on the mat . " * 30))[: checkpoint.context_length - 6]
+    fits, long = checkpoint.constraint("( mat){1,2}"), checkpoint.constraint("( mat){9,12}")
+    base = Request(prompt, 60, 4, sampling=Sampling(1.0), end_ids=checkpoint.end_ids)
+    (output,) = generate(checkpoint, [replace(base, constraint=fits)])
+    assert re.fullmatch("( mat){1,2}", output.text)
+    with pytest.raises(ValueError, match="tokens or more, and 6 are allowed"):
+        generate(checkpoint, [replace(base, constraint=long)])
 
 
 def test_a_hole_must_see_what_is_given_behind_it(checkpoint):

@@ -64,7 +64,7 @@ def uncached(model: BlockDiffusionModel, request: Request, blocks: int) -> list[
             return {0: int(tokens[0])}
         score = logits.softmax(-1)[torch.arange(len(logits)), tokens]
         if policy.left_bias is not None:
-            keys = -(-uniform(request.seed, place[0], step, ORDER).log()).log()
+            keys = -(-uniform(request.seed, ORDER, place[0], step).log()).log()
             score = keys - policy.left_bias * torch.arange(len(logits))
         ranked = sorted(masked, key=lambda i: (-float(score[i]), i))
         number = 1

@@ -101,8 +101,7 @@ class Model(BlockDiffusionModel):
         Raises ValueError where the model's context or its conventions do not allow it.
         """
         before = tuple(self.encode(prefix))
-        # behind another token: a suffix must not get a beginning token, nor lose its leading space
-        after = tuple(self.encode("a" + suffix)[len(self.encode("a")) :]) if suffix else ()
+        after = self._suffix_ids(suffix)
         if not before:
             raise ValueError("infilling: the prefix has no tokens; give some text before the hole")
         if tokens < 1:
@@ -123,6 +122,20 @@ class Model(BlockDiffusionModel):
         hole = output.tokens[len(lead) : len(lead) + tokens]
         added = pieces(self._tokenizer, before, [*hole, *after])
         return Infilled("".join(added[:tokens]), prefix + "".join(added), output)
+
+    def _suffix_ids(self, suffix: str) -> tuple[int, ...]:
+        """The tokens of a text that follows another: without a beginning token, with its leading space.
+
+        Read off behind a carrier with which it does not merge; ValueError where every carrier merges.
+        """
+        for carrier in ("a", ".", "x", "0", "\n", ")"):
+            lead, whole = self.encode(carrier), self.encode(carrier + suffix)
+            ids = tuple(whole[len(lead) :])
+            if whole[: len(lead)] == lead and "".join(pieces(self._tokenizer, tuple(lead), list(ids))) == suffix:
+                return ids
+        raise ValueError(
+            f"infilling: the suffix {suffix!r} merges with whatever stands before it; begin it with a space"
+        )
 
     def constraint(self, regex: str | None = None, json_schema: str | dict[str, Any] | None = None) -> Automaton | None:
         """What a text must match, compiled for this tokenizer; None where nothing is asked. Raises ValueError."""

@@ -7,6 +7,7 @@ their range. A first round is not counted: caches fill in it, and adaptive draft
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from blockdiff.decode import Sampling, named
 from blockdiff.engine import Output, Request, can_draft_ahead, generate
 from blockdiff.evaluate import judge_texts
 from blockdiff.model import BlockDiffusionModel
+from blockdiff.statistics import area_under_parallelism
 
 AR, HUGGING_FACE = "ar", "hf generate"
 Write = Callable[[Sequence[Request]], list[Output]]
@@ -110,6 +112,25 @@ def bench_decode(
             if on_progress is not None:
                 on_progress((turn * len(ways) + number + 1) / (len(ways) * (rounds + 1)))
     return [_row(way, timed, model, base, judge, temperature, batch) for way in ways]
+
+
+def areas(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The area under quality over parallelism (`area_under_parallelism`) of the policies of every block size.
+
+    The score of a way is how likely the judge finds a token of its texts, in percent of AR: 100 exp(NLL of AR - NLL).
+    """
+    judged = [row for row in rows if "judge_nll" in row and "tokens_per_forward" in row]
+    base = next((row["judge_nll"] for row in judged if row["way"] == AR), None)
+    if base is None:
+        return {}
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in judged:
+        kind, _, size = row["way"].partition(" b=")
+        if size and not kind.startswith("lossless"):
+            score = 100 * math.exp(base - row["judge_nll"])
+            points.setdefault(size, []).append((row["tokens_per_forward"], score))
+    found = {size: area_under_parallelism(own, best=100.0) for size, own in points.items()}
+    return {size: area for size, area in found.items() if area is not None}
 
 
 def _write(model: Model, way: Way, base: Sequence[Request], batch: int, hugging_face: Any | None) -> list[Output]:

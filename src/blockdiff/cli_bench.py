@@ -66,6 +66,9 @@ def bench_decode(
             on_progress=lambda done: bar.update(task, completed=done),
         )
     out.print(bench_table(rows))
+    areas = measured.areas(rows)
+    for size, area in areas.items() if quality else ():
+        out.print(f"area under quality over parallelism (AUP), policies at b={size}: {area:.1f}")
     if plot is not None:
         frontier_plot(rows, plot)
-    write_result(json_file, record("bench decode", seed, model=path, data=str(data), rows=rows))
+    write_result(json_file, record("bench decode", seed, model=path, data=str(data), areas=areas, rows=rows))

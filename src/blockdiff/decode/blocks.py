@@ -18,7 +18,8 @@ from torch import Tensor
 from blockdiff.rng import uniform
 
 OUTSIDE, FIXED, MASK, FILLED = 0, 1, 2, 3  # not of this row's block; given; still masked; filled by the policy
-TOKEN, ORDER, REMASK, NOISE, JITTER = 1, 2, 7, 8, 9  # purposes of random numbers
+# purposes of random numbers: the second key, so that numbers of two purposes never have the same keys
+TOKEN, ORDER, REMASK, NOISE, JITTER = 1, 2, 7, 8, 9
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class OpenBlocks:
 
     def uniform(self, purpose: int) -> Tensor:
         """Numbers in (0, 1), float64 [R, n]: a function of seed, absolute position, step and purpose."""
-        return uniform(self.seed[:, None], self.place, self.step[:, None], purpose)
+        return uniform(self.seed[:, None], purpose, self.place, self.step[:, None])
 
     def remember(self, name: str, value: Tensor) -> OpenBlocks:
         return replace(self, memory={**self.memory, name: value})
@@ -141,7 +142,7 @@ class OpenBlocks:
         """Blocks cut to the sizes [R]: what lies beyond belongs to them no more."""
         outside = self.slot >= size[:, None]
         status = self.status.masked_fill(outside, OUTSIDE)
-        return replace(self, status=status, opened=(status == MASK).sum(1))
+        return replace(self, status=status, opened=torch.where(self.step == 1, (status == MASK).sum(1), self.opened))
 
 
 _SLOTWISE = ("ids", "status", "place", "filled_at", "edits", "confidence", "log_probability", "visits")

@@ -21,9 +21,10 @@ from blockdiff.decode.scores import change
 
 
 class Count(Part, ABC):
-    """may_wait: a step that fills nothing is part of the rule."""
+    """may_wait: a step that fills nothing is part of the rule; compares: it reads the score as a probability."""
 
     may_wait: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
 
     def number(self, view: View, ranking: Ranking) -> Tensor:
         """How many of the best, int64 [R]."""
@@ -122,6 +123,7 @@ class Threshold(Count):
 
     level: float = 0.9
     name = "threshold"
+    compares = True
 
     def __post_init__(self) -> None:
         fraction(self, level=self.level)
@@ -140,6 +142,7 @@ class Factor(Count):
 
     f: float = 1.0
     name = "factor"
+    compares = True
 
     def __post_init__(self) -> None:
         positive(self, f=self.f)
@@ -181,6 +184,7 @@ class Prefix(Count):
 
     level: float = 0.9
     name = "prefix"
+    compares = True
 
     def __post_init__(self) -> None:
         fraction(self, level=self.level)
@@ -197,6 +201,7 @@ class RunBest(Count):
 
     level: float = 0.4
     name = "run_best"
+    compares = True
 
     def __post_init__(self) -> None:
         fraction(self, level=self.level)
@@ -221,6 +226,7 @@ class Stable(Count):
     kl: float = 0.01
     steps: int = 2
     name = "stable"
+    compares = True
 
     def __post_init__(self) -> None:
         fraction(self, level=self.level)

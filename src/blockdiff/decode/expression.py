@@ -82,7 +82,7 @@ def parse(text: str) -> Policy:
     for node in _terms(tree):
         name, args, named = _call(node, text)
         if name == "max_steps":
-            if len(args) != 1 or named or type(args[0]) is not int:
+            if len(args) != 1 or named or type(args[0]) is not int or args[0] >= 2**31:
                 raise ValueError(f"policy {text!r}: max_steps takes one whole number")
             steps = args[0]
         else:
@@ -155,7 +155,7 @@ def _checked(name: str, key: str, value: Any, default: Any) -> Any:
         value = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else value
         fits = isinstance(value, tuple) and all(isinstance(one, str) and one for one in value)
     else:
-        fits = isinstance(value, type(default))
+        fits = isinstance(value, type(default)) and not (isinstance(value, int) and abs(value) >= 2**31)
     if not fits:
         raise ValueError(f"policy: {name}: {key} is {value!r}; give something like {default!r}")
     return value

@@ -78,8 +78,14 @@ class Policy:
         object.__setattr__(self, "counts", tuple(self.counts))
         if not self.counts:
             raise ValueError("policy: no count says how many positions a step fills; add one, e.g. fixed(1)")
-        if isinstance(self.score, Random) and any(hasattr(count, "level") for count in self.counts):
-            raise ValueError("policy: a random order has no confidence to compare with a level; use fixed(n)")
+        compared = [count.name for count in self.counts if count.compares]
+        blurred = [self.score.name] * (not self.score.probability)
+        blurred += [modifier.name for modifier in self.modifiers if not modifier.probability]
+        if compared and blurred:
+            raise ValueError(
+                f"policy: {compared[0]} compares probabilities, and {blurred[0]} gives none; score by confidence, "
+                "top_probability or margin, or count with fixed(n)"
+            )
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"policy: max_steps {self.max_steps} allows no step; give 1 or more")
 
@@ -143,11 +149,13 @@ class Policy:
             blocks = blocks.shrink(torch.where(blocks.step == 1, self.planner(view), size))
             view = View(blocks, logits, view.tokens, attention, token_ids)
         after = _filled(view, self._chosen(view))
+        finished = ~after.masked.any(1)
         if self.reviser is not None:
-            after = self.reviser(view, after)
-            again = blocks.filled & after.masked
-            after = replace(after, visits=after.visits + again.long())
-        finished = ~after.masked.any(1) if self.reviser is None else self.reviser.finished(view, after)
+            last = blocks.step >= (self.max_steps or 1 << 40)
+            revised = self.reviser(view, after)
+            revised = replace(revised, visits=after.visits + (blocks.filled & revised.masked).long())
+            finished = last | self.reviser.finished(view, revised)
+            after = replace(revised.unless(last, after), memory=revised.memory)
         for part in self.parts:
             after = part.remember_raw(after, raw) if isinstance(part, Credit) else part.remember(view, after)
         return after, finished

@@ -69,7 +69,7 @@ class SamplingBatch:
 def gumbel(seed: Tensor, place: Tensor, vocabulary: int) -> Tensor:
     """The noise of positions place [R, n] in requests with these seeds [R]: float64 [R, n, V]."""
     tokens = torch.arange(vocabulary, device=place.device)
-    return -(-uniform(seed[:, None, None], place[..., None], TOKEN, tokens).log()).log()
+    return -(-uniform(seed[:, None, None], TOKEN, place[..., None], tokens).log()).log()
 
 
 def propose(logits: Tensor, noise: Tensor | None, settings: SamplingBatch) -> Tensor:

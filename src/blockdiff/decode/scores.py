@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,14 +19,18 @@ from blockdiff.decode.parts import Part, positive
 
 
 class Score(Part, ABC):
-    """A base score, float [R, n]."""
+    """A base score, float [R, n]. probability: it lies between 0 and 1 and can be compared with a level."""
+
+    probability: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, view: View) -> Tensor: ...
 
 
 class Modifier(Part, ABC):
-    """A change of a score, float [R, n] -> [R, n]."""
+    """A change of a score, float [R, n] -> [R, n]. probability: a probability stays one."""
+
+    probability: ClassVar[bool] = True
 
     @abstractmethod
     def __call__(self, view: View, score: Tensor) -> Tensor: ...
@@ -36,6 +41,7 @@ class Confidence(Score):
     """Probability of the proposed token (LLaDA, arXiv 2502.09992)."""
 
     name = "confidence"
+    probability = True
 
     def __call__(self, view: View) -> Tensor:
         return view.chosen_log_probability.exp()
@@ -46,6 +52,7 @@ class TopProbability(Score):
     """The largest probability, whatever was proposed (Dream `maskgit_plus`; Fast-dLLM at temperature 0)."""
 
     name = "top_probability"
+    probability = True
 
     def __call__(self, view: View) -> Tensor:
         return view.top[0][..., 0].double()
@@ -56,6 +63,7 @@ class Margin(Score):
     """The largest probability less the second (Dream `topk_margin`)."""
 
     name = "margin"
+    probability = True
 
     def __call__(self, view: View) -> Tensor:
         two = view.top[0].double()
@@ -144,6 +152,7 @@ class Jitter(Modifier):
 
     temperature: float = 1.0
     name = "jitter"
+    probability = False
 
     def __post_init__(self) -> None:
         positive(self, temperature=self.temperature)

@@ -26,7 +26,6 @@ from blockdiff.engine.request import Output, Request
 from blockdiff.layout import TokenMap
 from blockdiff.masks import AttentionSums
 from blockdiff.model import BlockDiffusionModel, Past
-from blockdiff.rng import uniform
 
 
 @dataclass
@@ -159,7 +158,9 @@ class Batch:
             if request.constraint is not None:
                 requests = [self.requests[int(self.rows[at])] for at in members]
                 outputs = [self.outputs[int(self.rows[at])] for at in members]
-                group.constrained = Constrained.of(request.constraint, requests, outputs, self.model.device)
+                group.constrained = Constrained.of(
+                    request.constraint, requests, outputs, self.model.context_length, self.model.device
+                )
             groups.append(group)
         return groups
 
@@ -196,7 +197,7 @@ class Batch:
         blocks = group.blocks
         if "uniform_state" in group.policy.needs:
             vocabulary = self.next_logits.shape[-1]
-            random = (uniform(blocks.seed[:, None], blocks.place, 0, NOISE) * vocabulary).long()
+            random = (blocks.uniform(NOISE) * vocabulary).long()
             blocks = replace(blocks, ids=torch.where(blocks.masked, random, blocks.ids))
         group.blocks = replace(blocks, opened=blocks.masked.sum(1))
         group.final = ~group.blocks.masked.any(1)

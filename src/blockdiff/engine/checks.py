@@ -32,10 +32,10 @@ def check(model: BlockDiffusionModel, request: Request) -> None:
     if request.stepwise:
         _check_stepwise(request)
     if request.constraint is not None:
-        _check_constraint(request)
+        _check_constraint(request, room)
 
 
-def _check_constraint(request: Request) -> None:
+def _check_constraint(request: Request, room: int) -> None:
     if not request.end_ids:
         raise ValueError("constraint: the model has no end token, so a text that matches could not end")
     if request.policy.reviser is not None and request.policy.reviser.edits:
@@ -44,8 +44,11 @@ def _check_constraint(request: Request) -> None:
         )
     assert request.constraint is not None
     least = int(request.constraint.distance[request.constraint.start])
-    if least > request.max_new_tokens:
-        raise ValueError(f"constraint: a match takes {least} tokens or more; allow more new tokens")
+    if least > min(request.max_new_tokens, room):
+        raise ValueError(
+            f"constraint: a match takes {least} tokens or more, and {min(request.max_new_tokens, room)} are allowed; "
+            "allow more new tokens, or shorten the prompt"
+        )
 
 
 def _check_policy(model: BlockDiffusionModel, request: Request) -> None:
@@ -73,6 +76,11 @@ def _check_given(model: BlockDiffusionModel, request: Request, room: int) -> Non
         raise ValueError(
             f"infilling: prompt and text have {len(request.prompt) + len(request.given)} tokens and the model's "
             f"context holds {model.context_length}"
+        )
+    if request.policy.planner is not None:
+        raise ValueError(
+            f"infilling: {request.policy.planner.name} may end a block between a hole and what is fixed behind it; "
+            "take a policy that does not plan blocks"
         )
     holes = [at for at, token in enumerate(request.given) if token is None]
     known = [at for at, token in enumerate(request.given) if token is not None]

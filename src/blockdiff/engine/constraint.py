@@ -36,9 +36,9 @@ class Constrained:
 
     @staticmethod
     def of(
-        automaton: Automaton, requests: Sequence[Request], outputs: Sequence[Output], device: torch.device
+        automaton: Automaton, requests: Sequence[Request], outputs: Sequence[Output], context: int, device: torch.device
     ) -> Constrained:
-        """The state of the texts so far."""
+        """The state of the texts so far, in a model whose context holds so many tokens."""
         width = max(len(output.tokens) for output in outputs)
         ids = torch.zeros(len(outputs), max(width, 1), dtype=torch.int64)
         used = torch.zeros_like(ids, dtype=torch.bool)
@@ -46,7 +46,8 @@ class Constrained:
             ids[row, : len(output.tokens)] = torch.tensor(output.tokens, dtype=torch.int64)
             used[row, : len(output.tokens)] = True
         state = advance(automaton, torch.full((len(outputs),), automaton.start), ids, used)
-        left = [r.max_new_tokens - len(o.tokens) for r, o in zip(requests, outputs, strict=True)]
+        whole = [min(request.max_new_tokens, context - len(request.prompt)) for request in requests]
+        left = [most - len(output.tokens) for most, output in zip(whole, outputs, strict=True)]
         return Constrained(automaton, state.to(device), torch.tensor(left, device=device))
 
     def propose(self, logits: Tensor, blocks: OpenBlocks, settings: SamplingBatch) -> Tensor:
@@ -59,6 +60,6 @@ class Constrained:
         if not settings.sampled:
             return tokens
         law = torch.maximum(log_law(logits, settings), log_p - _FILTERED)
-        u = uniform(blocks.seed[:, None], blocks.place, TOKEN)
+        u = uniform(blocks.seed[:, None], TOKEN, blocks.draws)
         drawn = sampled_fill(law, given, used, self.state, room, self.automaton, u)
         return torch.where(settings.temperature[..., 0] > 0, drawn, tokens)

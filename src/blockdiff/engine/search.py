@@ -119,7 +119,7 @@ def refinement(request: Request, draft: Output) -> Request:
         given=given,
         max_new_tokens=len(given),
         block_size=len(given),
-        policy=replace(request.policy, refine=None),
+        policy=replace(request.policy, refine=None, planner=None),
         seed=int(uniform(request.seed, _REFINE) * 2**53),  # a second draw with the first one's noise is none
         stop=(),
         end_ids=(),
