@@ -123,6 +123,7 @@ def test_a_policy_reads_back_what_it_prints(name):
         ("fixed(1) + max_steps(99999999999999999999)", "max_steps takes one whole number"),
         ("max_steps(0) + fixed(1)", "allows no step"),
         ("particles(1) + fixed(1)", "searches nothing"),
+        ("random + reverse(8) + remask(16)", "on one clock"),
     ],
 )
 def test_bad_policies_are_explained(text, message):
@@ -533,6 +534,18 @@ def test_refining_changes_the_least_sure_tokens_only(checkpoint):
     assert set(changed) <= set(least)
     assert refined.edits == len(changed)
     assert refined.denoise_forwards == draft.denoise_forwards + 4
+
+
+def test_a_stop_string_cuts_refined_texts_too(checkpoint):
+    policy = named("random + fixed(1) + refine(0.5)")
+    request = Request(tuple(checkpoint.encode("the cat")), 24, 4, policy, Sampling(1.0), 3)
+    (whole,) = generate(checkpoint, [request])
+    stop = whole.text[12:15]
+    (cut,) = generate(checkpoint, [replace(request, stop=(stop,))])
+    assert stop not in cut.text
+    assert len(cut.tokens) == len(cut.steps) == len(cut.log_probabilities) == sum(cut.blocks)
+    if cut.finish_reason == "stop":
+        assert len(cut.tokens) < 24
 
 
 def test_planned_blocks_end_where_the_plan_says(checkpoint):

@@ -143,6 +143,8 @@ class Model(BlockDiffusionModel):
             return None
         if regex is not None and json_schema is not None:
             raise ValueError("give a regex or a json_schema, not both")
+        if regex == "":
+            raise ValueError("regex: the empty pattern matches the empty text only; give one that matches some text")
         if not hasattr(self, "_pieces"):
             self._pieces = token_pieces(self._tokenizer, self.vocabulary)
         pattern = regex if regex is not None else schema_pattern(json_schema or "")

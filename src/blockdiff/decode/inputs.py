@@ -47,9 +47,9 @@ class Credit(LogitChange):
         gain = (value - logits.logsumexp(-1, keepdim=True)).exp() ** self.power * blocks.masked[..., None]
         return (blocks.memory.get("credit", torch.zeros_like(logits)) * self.decay).scatter_add(-1, token, gain)
 
-    def remember_raw(self, blocks: OpenBlocks, logits: Tensor) -> OpenBlocks:
-        """The blocks with the credit that these raw logits leave."""
-        return blocks.remember("credit", self._credit(blocks, logits))
+    def remember_raw(self, before: OpenBlocks, after: OpenBlocks, logits: Tensor) -> OpenBlocks:
+        """The blocks after a step with the credit that the logits read before it leave."""
+        return after.remember("credit", self._credit(before, logits))
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from blockdiff.decode.blocks import FILLED, OpenBlocks, View
-from blockdiff.decode.counts import Count, Everything, Fixed, Threshold
+from blockdiff.decode.counts import Count, Everything, Fixed, Reverse, Threshold
 from blockdiff.decode.inputs import Credit, LogitChange, Soft
 from blockdiff.decode.parts import Part, fraction
 from blockdiff.decode.ranking import Ranking
 from blockdiff.decode.regions import Planner, Region
-from blockdiff.decode.remasking import Reviser
+from blockdiff.decode.remasking import Remask, Reviser
 from blockdiff.decode.scores import Confidence, Modifier, Random, Score
 
 Propose = Callable[[Tensor], Tensor]
@@ -86,6 +86,11 @@ class Policy:
                 f"policy: {compared[0]} compares probabilities, and {blurred[0]} gives none; score by confidence, "
                 "top_probability or margin, or count with fixed(n)"
             )
+        steps = {count.steps for count in self.counts if isinstance(count, Reverse)}
+        if isinstance(self.reviser, Remask) and steps != {self.reviser.steps}:
+            raise ValueError(
+                f"policy: remask({self.reviser.steps}) goes with reverse({self.reviser.steps}), on one clock"
+            )
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"policy: max_steps {self.max_steps} allows no step; give 1 or more")
 
@@ -140,8 +145,9 @@ class Policy:
         logits [R, n, V] of the blocks as they stand; propose: tokens [R, n] for logits.
         """
         blocks = replace(blocks, step=blocks.step + 1)
-        raw = logits
+        credited: list[tuple[Credit, Tensor]] = []
         for change in self.logits:
+            credited += [(change, logits)] if isinstance(change, Credit) else []
             logits = change(blocks, logits, unconditional)
         view = View(blocks, logits, propose(logits), attention, token_ids)
         if self.planner is not None:
@@ -157,7 +163,9 @@ class Policy:
             finished = last | self.reviser.finished(view, revised)
             after = replace(revised.unless(last, after), memory=revised.memory)
         for part in self.parts:
-            after = part.remember_raw(after, raw) if isinstance(part, Credit) else part.remember(view, after)
+            after = part.remember(view, after)
+        for credit, read in credited:
+            after = credit.remember_raw(blocks, after, read)
         return after, finished
 
     def _chosen(self, view: View) -> Tensor:

@@ -92,7 +92,7 @@ TABLE: dict[str, Entry] = {
         "random + reverse(steps=32, eta=0.05) + remask(steps=32, eta=0.05)", "ReMDM, arXiv 2503.00307 (cap)"
     ),
     "remdm_confident": Entry(
-        "random + reverse(steps=32, eta=0.05) + remask(steps=32, eta=0.05, confident=True)",
+        "random + reverse(steps=32) + remask(steps=32, confident=True)",
         "ReMDM, arXiv 2503.00307 (conf)",
     ),
     "topk_remasking": Entry(

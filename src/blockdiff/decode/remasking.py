@@ -43,8 +43,9 @@ class Reviser(Part, ABC):
 @dataclass(frozen=True)
 class Remask(Reviser):
     """Masks revealed positions again with probability sigma at each of `steps` steps, together with `reverse` of the
-    same numbers (ReMDM, arXiv 2503.00307). confident: the less sure a position was when it was revealed, the likelier
-    (the paper's `conf`, normalised over the block's revealed positions)."""
+    same numbers (ReMDM, arXiv 2503.00307). confident: instead of eta, a share of the largest sigma that is the softmax
+    of -(probability when it was revealed) over the revealed positions, and none at masked ones (the paper's `conf`),
+    so that `reverse` goes without eta."""
 
     steps: int = 32
     eta: float = 0.05
@@ -60,11 +61,11 @@ class Remask(Reviser):
         blocks = view.blocks
         step = blocks.step.double()
         t = (1 - (step - 1) / self.steps).clamp(min=1 / self.steps)
-        chance = sigma(t - 1 / self.steps, t, self.eta, self.kind)[:, None].expand_as(blocks.confidence)
+        s = t - 1 / self.steps
+        chance = sigma(s, t, 1.0 if self.confident else self.eta, self.kind)[:, None].expand_as(blocks.confidence)
         if self.confident:
             weight = torch.where(blocks.filled, (-blocks.confidence).exp(), 0.0)
-            weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-300)
-            chance = (chance * weight * blocks.filled.sum(1, keepdim=True)).clamp(max=1)
+            chance = chance * weight / weight.sum(1, keepdim=True).clamp(min=1e-300)
         again = blocks.filled & (blocks.uniform(REMASK) < chance)
         return replace(after, status=after.status.masked_fill(again, MASK))
 

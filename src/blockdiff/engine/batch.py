@@ -9,38 +9,24 @@ Shapes: R rows, W slots of the widest open block, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from blockdiff.decode import FILLED, FIXED, MASK, OUTSIDE, OpenBlocks, Policy, SamplingBatch, gumbel, propose
+from blockdiff.decode import FILLED, FIXED, MASK, OUTSIDE, OpenBlocks, SamplingBatch, gumbel, propose
 from blockdiff.decode.blocks import NOISE
 from blockdiff.decode.inputs import Guidance, Soft
 from blockdiff.decode.pieces import tokens_with
 from blockdiff.engine.constraint import Constrained
 from blockdiff.engine.drafting import Pace, agreed
+from blockdiff.engine.group import Group
 from blockdiff.engine.maps import branches, clean_map
 from blockdiff.engine.request import Output, Request
 from blockdiff.layout import TokenMap
 from blockdiff.masks import AttentionSums
 from blockdiff.model import BlockDiffusionModel, Past
-
-
-@dataclass
-class Group:
-    """Rows that share a policy and a constraint. rows int64 (None: all of the batch); final bool: blocks done."""
-
-    policy: Policy
-    rows: Tensor | None
-    blocks: OpenBlocks
-    final: Tensor
-    constrained: Constrained | None = None
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """This group's rows of a tensor of the whole batch."""
-        return tensor if self.rows is None else tensor[self.rows]
 
 
 class Batch:
@@ -213,7 +199,7 @@ class Batch:
         sums = AttentionSums() if "attention" in needs else None
         logits = self._block_logits(self.past, sums)
         unconditional = self._block_logits(self.shadow, None) if self.shadow is not None else None
-        attention = None if sums is None else self._aligned(sums.total)
+        attention = None if sums is None else self._looked_at(sums)
         for group in self.groups:
             after, done = group.policy.step(
                 group.blocks,
@@ -305,10 +291,14 @@ class Batch:
         logits = self.model(shown, self.noisy_map(), past=past, blend=blend, attention=sums)
         return self._allowed(self._aligned(logits.view(*shown.shape, -1)))
 
-    def _aligned(self, read: Tensor | None) -> Tensor:
-        """Something of the network's slots [R, W, ...] as something of the tokens that they predict."""
-        assert read is not None
+    def _aligned(self, read: Tensor) -> Tensor:
+        """Logits of the network's slots [R, W, V] as those of the tokens that they predict."""
         return torch.cat([read[:, :1], read[:, :-1]], 1) if self.alignment.first_is_clean else read
+
+    def _looked_at(self, sums: AttentionSums) -> Tensor:
+        """How much the block looks at each of its tokens [R, W]: at the slot that holds it, one further if seeded."""
+        assert sums.total is not None
+        return sums.total.roll(-1, 1) if self.alignment.seeded else sums.total
 
     def _allowed(self, logits: Tensor) -> Tensor:
         """Logits [R, ..., V] without the tokens that may not be written (changed in place)."""

@@ -128,19 +128,23 @@ def refinement(request: Request, draft: Output) -> Request:
 
 
 def refined(tokenizer: PreTrainedTokenizerBase, request: Request, draft: Output, second: Output) -> Output:
-    """The draft with the second stage's tokens; forwards of both stages are counted."""
+    """The draft with the second stage's tokens; forwards of both are counted, steps are the draft's."""
     lead = len(second.tokens) - len(draft.tokens)
-    tokens = second.tokens[lead:]
+    tokens, holes = second.tokens[lead:], [step > 0 for step in second.steps[lead:]]
     stream = TextStream(tokenizer, request.prompt, request.stop)
-    stream.feed(tokens[:-1] if draft.finish_reason == "end" else tokens)
-    holes = [step > 0 for step in second.steps[lead:]]
-    log_p = zip(draft.log_probabilities, second.log_probabilities[lead:], holes, strict=True)
+    ended = draft.finish_reason == "end"
+    cut = next((n for n in range(1, len(tokens) + 1) if request.stop and stream.feed(tokens[:n])), None)
+    if cut is None:
+        stream.feed(tokens[:-1] if ended else tokens)
+    both = zip(draft.log_probabilities, second.log_probabilities[lead:], holes, strict=True)
     return replace(
         draft,
         text=stream.text,
-        tokens=tokens,
-        log_probabilities=[new if hole else old for old, new, hole in log_p],
-        steps_per_block=[*draft.steps_per_block, *second.steps_per_block],
+        tokens=tokens[:cut],
+        steps=draft.steps[:cut],
+        log_probabilities=[new if hole else old for old, new, hole in both][:cut],
+        blocks=draft.blocks if cut is None else [cut],
+        finish_reason=draft.finish_reason if cut is None else "stop",
         denoise_forwards=draft.denoise_forwards + second.denoise_forwards,
         positions=draft.positions + second.positions,
         edits=sum(old != new for old, new in zip(draft.tokens, tokens, strict=True)),

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from blockdiff.decode import OpenBlocks, Policy
 from blockdiff.decode.counts import Fixed
-from blockdiff.engine.batch import Batch, Group
+from blockdiff.engine.batch import Batch
+from blockdiff.engine.group import Group
 from blockdiff.layout import TokenMap
 
 
