@@ -29,6 +29,7 @@ STAND_INS = {
     "../shared/data/stories-synthetic/train.jsonl.gz": "my-text.jsonl",
     "../shared/data/stories-synthetic/valid.jsonl.gz": "my-valid.jsonl",
     "runs/demo/data/valid.jsonl": "my-valid.jsonl",
+    "runs/base-stories/checkpoint": "my-model",
     "runs/data/arithmetic/valid.jsonl": "my-questions.jsonl",
 }
 BUDGET = "--set train.steps=2 --set train.tokens=null --set train.minutes=null --set data.length=64 --set train.rows=2"
@@ -106,6 +107,10 @@ def test_commands_run(trained, tmp_path):
                     command += f" {BUDGET} --overwrite"
                 if command.startswith("blockdiff experiment"):
                     command += f" {SMALL_EXPERIMENT}"
+                if command.startswith("blockdiff bench decode"):
+                    command += " --prompts 1 --rounds 1 --prompt-tokens 4 --new-tokens 6"
+                if command.startswith("blockdiff data own"):
+                    command += " --documents 4 --max-new-tokens 12"
                 if "noise_variance" in command:
                     command += " --repeats 2 --block-sizes 4"
                 if "lossless_acceptance" in command:
