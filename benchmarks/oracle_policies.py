@@ -22,7 +22,9 @@ from blockdiff.statistics import spread
 FAMILIES = {
     "random order, n a step": [f"random + fixed({n})" for n in (1, 2, 3, 6)],
     "ancestral": [f"random + reverse({n})" for n in (2, 4, 8, 16, 32, 64)],
-    "remasking (ReMDM, eta 0.1)": [f"random + reverse({n}, eta=0.1) + remask({n}, eta=0.1)" for n in (4, 8, 16, 32, 64)],
+    "remasking (ReMDM, eta 0.1)": [
+        f"random + reverse({n}, eta=0.1) + remask({n}, eta=0.1)" for n in (4, 8, 16, 32, 64)
+    ],
     "confidence of the draw, n a step": [f"confidence + fixed({n})" for n in (1, 2, 3)],
     "entropy order, n a step": [f"entropy + fixed({n})" for n in (1, 2, 3)],
     "entropy budget": [f"entropy + entropy_budget({g})" for g in (0.0, 0.1, 0.3, 0.6, 1.2)],
