@@ -36,7 +36,8 @@ def bench_decode(
     from rich.progress import Progress as Bar
     from transformers import AutoModelForCausalLM
 
-    from blockdiff import bench as measured
+    from blockdiff.bench import areas as areas_of
+    from blockdiff.bench import bench_decode as measure
     from blockdiff.api import load
     from blockdiff.frontier import bench_table, frontier_plot
     from blockdiff.runtime import record
@@ -48,7 +49,7 @@ def bench_decode(
     scorer = None if judge is None else load(judge)
     with Bar(console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("decoding", total=1.0)
-        rows = measured.bench_decode(
+        rows = measure(
             model,
             data,
             block_sizes=whole_numbers(block_sizes, "--block-sizes"),
@@ -66,7 +67,7 @@ def bench_decode(
             on_progress=lambda done: bar.update(task, completed=done),
         )
     out.print(bench_table(rows))
-    areas = measured.areas(rows)
+    areas = areas_of(rows)
     for size, area in areas.items() if quality else ():
         out.print(f"area under quality over parallelism (AUP), policies at b={size}: {area:.1f}")
     if plot is not None:
