@@ -36,9 +36,9 @@ def bench_decode(
     from rich.progress import Progress as Bar
     from transformers import AutoModelForCausalLM
 
+    from blockdiff.api import load
     from blockdiff.bench import areas as areas_of
     from blockdiff.bench import bench_decode as measure
-    from blockdiff.api import load
     from blockdiff.frontier import bench_table, frontier_plot
     from blockdiff.runtime import record
 
