@@ -22,8 +22,8 @@ from blockdiff.decode.automaton import compile_pattern
 from blockdiff.engine import Request, generate
 from blockdiff.engine import drafting as drafting_module
 from blockdiff.engine import maps as maps_module
-from blockdiff.engine.batch import Batch
 from blockdiff.engine.stepwise import one_at_a_time
+from blockdiff.layout import Layout, TokenMap
 from blockdiff.loading import load as load_bridge
 from blockdiff.model import BlockDiffusionModel
 from blockdiff.tokenizer import train_tokenizer
@@ -75,13 +75,13 @@ def test_a_draft_of_the_wrong_branch_would_be_caught(monkeypatch):
     right = model_of(smooth=True)
     request = Request((5, 9, 11), 40, 6, sampling=Sampling(1.0), seed=3, lossless=True, drafting="ahead")
     kept = generate(right, [request])[0].verify_forwards
-    branches = maps_module.branches
+    branches = maps_module.branch_map
 
     def merged(*args):
-        ids, tokens = branches(*args)
-        return ids, replace(tokens, block=torch.zeros_like(tokens.block))
+        tokens = branches(*args)
+        return replace(tokens, block=torch.zeros_like(tokens.block))
 
-    monkeypatch.setattr("blockdiff.engine.batch.branches", merged)
+    monkeypatch.setattr("blockdiff.engine.share.branch_map", merged)
     for one in (model, right):
         (found,) = generate(one, [request])
         assert found.tokens == ar(one, request).tokens
@@ -353,10 +353,11 @@ def test_the_constrained_draw_is_the_conditioned_one():
     ]
     outputs = generate(model, requests)
     first = torch.tensor([output.tokens[0] for output in outputs])
-    batch = Batch(model, requests[:1], outputs[:1])
+    prompt = TokenMap.from_layouts([[Layout(2, ())]])
     with torch.inference_mode():
-        batch.prefill()
-    own = batch.next_logits[0, :4].double().softmax(-1)  # every first letter can still be finished
+        own = (
+            model(torch.tensor([[5, 9]]), prompt)[1, :4].double().softmax(-1)
+        )  # every first letter can still be finished
     share = torch.bincount(first, minlength=4)[:4] / count
     assert ((share - own).abs() < 5 * (own * (1 - own) / count).sqrt()).all()
 

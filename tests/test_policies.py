@@ -404,10 +404,15 @@ def test_stability_waits_for_what_still_moves():
     steady = [[0.5, 0.5], [0.8, 0.2], [0.8, 0.2]]
     moved = [[0.5, 0.5], [0.2, 0.8], [0.8, 0.2]]
     view, after = view_of(moved), view_of(steady)
-    blocks = replace(view.blocks, step=view.blocks.step - 1)
-    blocks = replace(blocks, memory={"previous": view.log_probability})
+    blocks = replace(view.blocks, memory={"previous": view.log_probability})
     blocks, _ = policy.step(blocks, after.logits, lambda read: read.argmax(-1))
     assert blocks.filled[0].tolist() == [False, False, True]
+    first, _ = policy.step(  # at a block's first step nothing has moved, whatever the block before has left
+        replace(blocks, step=view.blocks.step - 1, status=view.blocks.status),
+        after.logits,
+        lambda read: read.argmax(-1),
+    )
+    assert first.filled[0].tolist() == [False, True, False]
     plain, _ = named("confidence + fixed(1)").step(
         replace(view.blocks, step=view.blocks.step - 1), after.logits, lambda read: read.argmax(-1)
     )

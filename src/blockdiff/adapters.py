@@ -68,7 +68,8 @@ class AttachedAdapter(nn.Module):
         self._scale = row.detach().norm() / embedding.weight[mask_id].detach().norm()  # Gemma 3 scales inside
         embedding.register_forward_hook(self._mask_embedding)
         self._off = False
-        self._clean = 0
+        self._clean: int | None = None
+        self.version = 0  # of the sums of `prepare`
         self._sums: dict[Any, tuple[tuple[Any, ...], Tensor]] = {}
         self._layers: list[Any] = []
         if self.frozen:  # switched twice for every token that is decoded: peft's own switch takes longer than a pass
@@ -98,7 +99,7 @@ class AttachedAdapter(nn.Module):
         try:
             yield
         finally:
-            self._clean = 0
+            self._clean = None
 
     def plain_state(self, backbone: PreTrainedModel) -> dict[str, Tensor]:
         """The network's weights under their own names: untouched for `noisy`, merged for `lora`."""
@@ -150,7 +151,7 @@ class AttachedAdapter(nn.Module):
         """A layer with its low-rank part, on the tokens that it is switched on for."""
         if self._off:
             return layer.base_layer(x)
-        if self._clean:
+        if self._clean is not None:
             clean, noisy = x[:, : self._clean], x[:, self._clean :]
             return torch.cat([layer.base_layer(clean), self._summed(layer, noisy)], 1)
         return self._summed(layer, x)
@@ -173,6 +174,7 @@ class AttachedAdapter(nn.Module):
             version = (base.weight._version, down._version, up._version, base.weight.device, base.weight.dtype)
             if layer not in self._sums or self._sums[layer][0] != version:
                 delta = (up.double() @ down.double()) * layer.scaling["default"]
+                self.version += 1
                 self._sums[layer] = (version, (base.weight.double() + delta).to(base.weight.dtype))
 
     def _mask_embedding(self, embedding: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from blockdiff.decode import Policy, Sampling, named
 from blockdiff.decode.automaton import Automaton, compile_pattern, schema_pattern
 from blockdiff.decode.pieces import token_pieces
 from blockdiff.engine import Output, Request, generate
-from blockdiff.engine.runner import OnStep, OnText
+from blockdiff.engine.entry import OnStep
+from blockdiff.engine.runner import OnText
 from blockdiff.engine.stream import pieces
 from blockdiff.evaluate import BoundRow
 from blockdiff.model import BlockDiffusionModel

@@ -15,7 +15,7 @@ Shapes: B rows, H heads, G key/value heads, Q queries, K keys, D head size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,23 @@ NAMES: dict[Implementation, str] = {"sdpa": "blockdiff_tiled", "eager": "blockdi
 
 class UnsupportedModel(ValueError):
     """A model that cannot do what is asked of it, with the reason and, where one is to blame, the layers."""
+
+
+class PagedVisibility(Protocol):
+    """Who sees whom in a pass whose keys and values live elsewhere (the engine's pages), and the attention over it."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """query [B, H, Q, D] with the keys and values [B, G, Q, D] of the same tokens -> [B, H, Q, D]."""
 
 
 def _sdpa(
@@ -52,7 +69,7 @@ def _sdpa(
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def _eager(
+def eager_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -119,7 +136,7 @@ def _registered(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, No
         dropout: float = 0.0,
         scaling: float | None = None,
         *,
-        visibility: Visibility | None = None,
+        visibility: Visibility | PagedVisibility | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
@@ -131,10 +148,14 @@ def _registered(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, No
                 "(or give the backbone another attention with set_attn_implementation('sdpa')); if you did, this "
                 "architecture drops extra keyword arguments and cannot be used"
             )
-        visibility.note_layer(getattr(module, "layer_idx", None), sliding_window)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if not isinstance(visibility, Visibility):
+            layer = int(module.layer_idx)  # type: ignore[arg-type]
+            out = visibility.attend(layer, query, key, value, sliding_window, scale, softcap, s_aux)
+            return out.transpose(1, 2).contiguous(), None
+        visibility.note_layer(getattr(module, "layer_idx", None), sliding_window)
         if softcap is not None or s_aux is not None or visibility.attention is not None:  # no fused kernel has these
-            out = _eager(query, key, value, visibility, sliding_window, scale, dropout, softcap, s_aux)
+            out = eager_attention(query, key, value, visibility, sliding_window, scale, dropout, softcap, s_aux)
         else:
             out = kernel(query, key, value, visibility, sliding_window, scale, dropout)
         return out.transpose(1, 2).contiguous(), None
@@ -143,5 +164,5 @@ def _registered(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, No
 
 
 AttentionInterface.register(NAMES["sdpa"], _registered(_sdpa))
-AttentionInterface.register(NAMES["eager"], _registered(_eager))
+AttentionInterface.register(NAMES["eager"], _registered(eager_attention))
 AttentionInterface.register(NAMES["flex"], _registered(_flex))

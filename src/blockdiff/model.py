@@ -10,9 +10,10 @@ Shapes: B rows, T tokens of the pass, R rows of logits that are read, V vocabula
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blockdiff import distributions, noise
 from blockdiff.adapters import Adapter, AttachedAdapter
-from blockdiff.attention import NAMES, Implementation, UnsupportedModel
+from blockdiff.attention import NAMES, Implementation, PagedVisibility, UnsupportedModel
 from blockdiff.coverage import SpanShare
 from blockdiff.files import replace_directory
 from blockdiff.layout import TokenMap
@@ -30,6 +31,7 @@ from blockdiff.objectives import Alignment
 
 SPEC_FILE = "block_diffusion.json"
 FORMAT = 1
+Streams = Literal["clean", "noisy", "both"]  # what the tokens of a pass belong to
 
 
 @dataclass(frozen=True)
@@ -146,38 +148,6 @@ class Past:
     cache: DynamicCache = field(default_factory=DynamicCache)
     tokens: TokenMap | None = None
 
-    def select(self, rows: Tensor) -> None:
-        """Keep only these rows, in this order."""
-        self.cache.batch_select_indices(rows)
-        if self.tokens is not None:
-            self.tokens = self.tokens[rows]
-
-    def forget(self, dead: Tensor) -> None:
-        """Take back some of the last n tokens, dead bool [B, n]: they belong to no document now, so nobody sees them.
-
-        Rows may take back different numbers. Columns at the end that no row needs are cut off; holes between tokens
-        are closed when they make the cache wider than its fullest row by more than a quarter.
-        """
-        assert self.tokens is not None
-        doc = self.tokens.doc.clone()
-        doc[:, -dead.shape[1] :].masked_fill_(dead, -1)
-        live = doc >= 0
-        width, fullest = int(live.any(0).nonzero().max()) + 1, int(live.sum(1).max())
-        self.tokens = replace(self.tokens, doc=doc)
-        if width - fullest > fullest // 4:
-            self._take((~live).to(torch.uint8).argsort(dim=1, stable=True)[:, :fullest])
-        elif width < live.shape[1]:
-            self.cache.crop(width - live.shape[1])
-            self.tokens = self.tokens[:, :width]
-
-    def _take(self, source: Tensor) -> None:
-        """Keep the tokens `source` [B, K'] of each row, in that order."""
-        assert self.tokens is not None
-        self.tokens = self.tokens.take(source)
-        for layer in self.cache.layers:
-            if layer.get_seq_length() > 0:
-                layer.keys, layer.values = _columns(layer.keys, source), _columns(layer.values, source)
-
 
 class BlockDiffusionModel(nn.Module):
     """A Hugging Face decoder that reads token maps and obeys the visibility rule."""
@@ -275,6 +245,33 @@ class BlockDiffusionModel(nn.Module):
         finally:
             self._blend = None
 
+    def read_rows(
+        self,
+        ids: Tensor,
+        position: Tensor,
+        read: Tensor,
+        visibility: PagedVisibility,
+        streams: Streams = "noisy",
+        clean: int = 0,
+        blend: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Logits [R, V] at the slots read [R] of one packed pass: ids and position [T], over keys and values that
+        `visibility` keeps. Of both streams the first `clean` tokens are clean: a frozen adapter is off there. The
+        [MASK] column is the caller's to close."""
+        adapted: AbstractContextManager[None] = nullcontext()
+        if self.adapter is not None and self.adapter.frozen and streams != "noisy":
+            adapted = self.adapter.off() if streams == "clean" else self.adapter.after(clean)
+        self._read, self._blend = read, None if blend is None else (blend[0][None], blend[1][None])
+        try:
+            with adapted:
+                output = self.backbone(
+                    input_ids=ids[None], position_ids=position[None], use_cache=False, visibility=visibility
+                )
+        finally:
+            self._read = self._blend = None
+        logits: Tensor = output.logits
+        return logits[0]
+
     def attach_adapter(self, settings: Adapter) -> None:
         """Put an adapter into the network; from now on only it and its [MASK] row are trained."""
         if self.spec.mask_id is None:
@@ -369,11 +366,6 @@ class BlockDiffusionModel(nn.Module):
         return (1 - weight.sum(-1, keepdim=True)).to(output.dtype) * output + (
             weight[..., None].to(output.dtype) * embedding(ids)
         ).sum(-2)
-
-
-def _columns(cached: Tensor, index: Tensor) -> Tensor:
-    """Tokens index [B, K'] of each row of keys or values [B, G, K, D]."""
-    return cached.gather(2, index[:, None, :, None].expand(-1, cached.shape[1], -1, cached.shape[3]))
 
 
 def _kind(backbone: PreTrainedModel) -> str:

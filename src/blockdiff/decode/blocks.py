@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from blockdiff.rng import uniform
 
@@ -29,8 +30,8 @@ class OpenBlocks:
     ids, status, filled_at (step that filled a position, 0: none), edits [R, n] int64; confidence and log_probability
     [R, n] float64: of a filled token when it was filled, under the raw softmax. place [R, n]: absolute positions;
     seed [R]; step [R]: steps taken; opened [R]: masks at the opening; visits [R, n]: how often a
-    position was masked again. memory: what parts keep from step to step,
-    tensors with R rows.
+    position was masked again. memory: what parts keep from step to step, tensors
+    with R rows; a row whose first step this is has nothing in it yet (`recalled`).
     """
 
     ids: Tensor
@@ -93,6 +94,13 @@ class OpenBlocks:
     def remember(self, name: str, value: Tensor) -> OpenBlocks:
         return replace(self, memory={**self.memory, name: value})
 
+    def recalled(self, name: str, blank: Tensor) -> Tensor:
+        """What a part remembered under this name at the step before, during a step; `blank` in rows at their first."""
+        value = self.memory.get(name)
+        if value is None:
+            return blank
+        return torch.where(self.step.view(-1, *[1] * (value.dim() - 1)) > 1, value, blank)
+
     def keep(self, name: str, other: OpenBlocks) -> OpenBlocks:
         """With another state of the same blocks in memory."""
         return replace(self, memory={**self.memory, **{f"{name}.{f}": getattr(other, f) for f in _ROWWISE}})
@@ -113,6 +121,44 @@ class OpenBlocks:
         """The first `width` slots."""
         narrow = {name: getattr(self, name)[:, :width] for name in _SLOTWISE}
         return replace(self, **narrow, memory={})
+
+    def widened(self, width: int) -> OpenBlocks:
+        """With `width` slots: cut, or with slots that belong to no block."""
+        change = width - self.ids.shape[1]
+        if change == 0:
+            return self
+
+        def fitted(value: Tensor) -> Tensor:
+            return F.pad(value, (0, 0) * (value.dim() - 2) + (0, change))
+
+        slotwise = {name: fitted(getattr(self, name)) for name in _SLOTWISE}
+        return replace(
+            self, **slotwise, memory={name: fitted(v) if v.dim() > 1 else v for name, v in self.memory.items()}
+        )
+
+    def put_rows(self, rows: Tensor, other: OpenBlocks) -> OpenBlocks:
+        """With the blocks of `other` in these rows [r]; what it remembers goes along, what it does not stays."""
+        rowwise = {name: getattr(self, name).index_copy(0, rows, getattr(other, name)) for name in _ROWWISE}
+        memory = dict(self.memory)
+        for name, value in other.memory.items():
+            whole = memory.get(name)
+            if whole is None:
+                whole = value.new_zeros((len(self.step), *value.shape[1:]))
+            memory[name] = whole.index_copy(0, rows, value)
+        return OpenBlocks(**rowwise, memory=memory)
+
+    def joined(self, other: OpenBlocks) -> OpenBlocks:
+        """These rows and those of another, with what both remember; blank where only one does."""
+        names = {**self.memory, **other.memory}
+        memory = {}
+        for name in names:
+            mine, theirs = self.memory.get(name), other.memory.get(name)
+            like = theirs if mine is None else mine
+            assert like is not None
+            mine = like.new_zeros((len(self.step), *like.shape[1:])) if mine is None else mine
+            theirs = like.new_zeros((len(other.step), *like.shape[1:])) if theirs is None else theirs
+            memory[name] = torch.cat([mine, theirs])
+        return replace(OpenBlocks.cat([self, other]), memory=memory)
 
     def put(self, slot: int, rows: Tensor, tokens: Tensor, status: int, log_probability: Tensor) -> OpenBlocks:
         """With tokens [R] in one slot of the rows bool [R]."""

@@ -240,10 +240,8 @@ class Stable(Count):
 
     def _streak(self, view: View) -> Tensor:
         """Steps in a row that a position has stood still, int64 [R, n]."""
-        moved = change(view)
-        if moved is None:
-            return torch.zeros_like(view.tokens)
-        return torch.where(moved < self.kl, view.blocks.memory["streak"] + 1, 0)
+        before = view.blocks.recalled("streak", torch.zeros_like(view.tokens))
+        return torch.where(change(view, first=torch.inf) < self.kl, before + 1, 0)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Credit(LogitChange):
     def _credit(self, blocks: OpenBlocks, logits: Tensor) -> Tensor:
         value, token = logits.max(-1, keepdim=True)
         gain = (value - logits.logsumexp(-1, keepdim=True)).exp() ** self.power * blocks.masked[..., None]
-        return (blocks.memory.get("credit", torch.zeros_like(logits)) * self.decay).scatter_add(-1, token, gain)
+        return (blocks.recalled("credit", torch.zeros_like(logits)) * self.decay).scatter_add(-1, token, gain)
 
     def remember_raw(self, before: OpenBlocks, after: OpenBlocks, logits: Tensor) -> OpenBlocks:
         """The blocks after a step with the credit that the logits read before it leave."""
@@ -101,4 +101,5 @@ class Soft(Part):
         """Tokens and their weights [R, n, top], weights 0 at positions that are fed as they are; None at first."""
         if "soft_tokens" not in blocks.memory:
             return None
-        return blocks.memory["soft_tokens"], blocks.memory["soft_weights"] * blocks.masked[..., None]
+        fed = blocks.masked & (blocks.step > 0)[:, None]
+        return blocks.memory["soft_tokens"], blocks.memory["soft_weights"] * fed[..., None]

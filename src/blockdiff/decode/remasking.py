@@ -156,10 +156,8 @@ class Renoise(Reviser):
         ).remember("argmax", view.top[1][..., 0])
 
     def _settled(self, view: View) -> Tensor:
-        last = view.blocks.memory.get("argmax")
+        last = view.blocks.recalled("argmax", torch.full_like(view.tokens, -1))
         out_of_steps = view.blocks.step >= self.steps
-        if last is None:
-            return out_of_steps
         still = ((last == view.top[1][..., 0]) | ~view.masked).all(1)
         mean = torch.where(view.masked, view.entropy, 0.0).sum(1) / view.masked.sum(1).clamp(min=1)
         return out_of_steps | (still & (mean < self.settled))

@@ -136,9 +136,7 @@ class Stability(Modifier):
         positive(self, strength=self.strength)
 
     def __call__(self, view: View, score: Tensor) -> Tensor:
-        moved = change(view)
-        if moved is None:
-            return score
+        moved = change(view, first=0.0)
         weight = torch.exp(-self.strength * moved)
         return torch.where(score >= 0, score * weight, score / weight.clamp(min=1e-300))
 
@@ -184,11 +182,12 @@ def random_order(u: Tensor, slot: Tensor, left_bias: float) -> Tensor:
     return -((-u.log()).log() + left_bias * slot)
 
 
-def change(view: View) -> Tensor | None:
-    """KL(p_t || p_{t-1}) of every position in nats, float64 [R, n]; None at a block's first step."""
+def change(view: View, first: float) -> Tensor:
+    """KL(p_t || p_{t-1}) of every position in nats, float64 [R, n]; `first` at a block's first step."""
     previous = view.blocks.memory.get("previous")
     if previous is None:
-        return None
+        return torch.full(view.tokens.shape, first, dtype=torch.float64, device=view.tokens.device)
     now = view.log_probability
     gap = torch.where(torch.isfinite(now), now - previous, 0.0)
-    return (now.exp() * gap).sum(-1).clamp(min=0).double()
+    moved = (now.exp() * gap).sum(-1).clamp(min=0).double()
+    return torch.where(view.blocks.step[:, None] > 1, moved, first)

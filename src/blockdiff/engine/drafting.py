@@ -17,12 +17,11 @@ Shapes: R rows, W slots of the widest open block, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 
 from blockdiff.decode import SamplingBatch, propose
@@ -106,45 +105,43 @@ class Pace:
 
     TRIAL, DECAY = 6, 0.95
 
-    def __init__(self, limit: int, modes: Sequence[Mode], adaptive: Sequence[bool], learned: Learned) -> None:
+    def __init__(self, limit: int, modes: Sequence[Mode], learned: Learned) -> None:
         self.limit, self.modes = limit, tuple(modes)
-        self._adaptive = torch.tensor(adaptive)
-        self._learned = learned
+        self.learned = learned
         self.mode: Mode = learned.best or self.modes[0]
         self.mode = self._next()
         self._fresh = True
+        self._seconds = 0.0
 
     @staticmethod
-    def of(model: BlockDiffusionModel, requests: Sequence[Request]) -> Pace | None:
-        """None where no request adapts. What was learned is kept by kind of request and size of batch."""
-        adaptive = [r.lossless and r.adaptive and r.block_size > 1 for r in requests]
-        own = [r for r, adapts in zip(requests, adaptive, strict=True) if adapts]
-        if not own:
-            return None
-        limit = max(r.block_size for r in own)
-        ways = {(r.drafting, r.policy, r.sampling.temperature > 0) for r in own}
-        wanted = {r.drafting for r in own}
-        modes: list[Mode] = ["policy"] if wanted & {"policy", "auto"} else []
-        modes += ["ahead"] if "ahead" in wanted or ("auto" in wanted and can_draft_ahead(model)) else []
+    def of(model: BlockDiffusionModel, key: Hashable, requests: Sequence[Request], before: Pace | None) -> Pace:
+        """The pace of requests of one kind. What was learned is kept by kind (`key`), block size and number of them."""
+        limit = max(request.block_size for request in requests)
+        drafting = requests[0].drafting
+        modes: list[Mode] = ["policy"] if drafting in ("policy", "auto") else []
+        modes += ["ahead"] if drafting == "ahead" or (drafting == "auto" and can_draft_ahead(model)) else []
         learned = _LEARNED.setdefault(model, {}).setdefault(
-            (limit, frozenset(ways), len(requests).bit_length()), Learned(float(limit))
+            (limit, key, len(requests).bit_length()), Learned(float(limit))
         )
-        return Pace(limit, [*modes, "ar"], adaptive, learned)
+        return before if before is not None and before.learned is learned else Pace(limit, [*modes, "ar"], learned)
 
     @property
     def length(self) -> int:
         """Tokens of the next block, the certain first one included."""
         if self.mode == "ar":
             return 1
-        return max(2, min(self.limit, math.ceil(1.5 * (self._learned.kept - 1)) + 2))
+        return max(2, min(self.limit, math.ceil(1.5 * (self.learned.kept - 1)) + 2))
 
-    def rows(self, rows: Tensor) -> Tensor:
-        """Which of these requests adapt."""
-        return self._adaptive[rows]
+    def tick(self, kept: Sequence[int], seconds: float) -> None:
+        """A pass of so many seconds, and the tokens that rows kept in it, where drafts were verified."""
+        self._seconds += seconds
+        if kept:
+            self.note(sum(kept) / len(kept), self._seconds)
+            self._seconds = 0.0
 
     def note(self, tokens: float, seconds: float) -> None:
         """A round: the tokens that a row kept on average, and the time it took."""
-        mode, learned = self.mode, self._learned
+        mode, learned = self.mode, self.learned
         learned.rounds += 1
         if not self._fresh:  # a mode's first round opens with what the last one left
             learned.tokens[mode] = self.DECAY * learned.tokens.get(mode, 0.0) + tokens
@@ -155,10 +152,10 @@ class Pace:
         self._fresh = self.mode != mode
 
     def _next(self) -> Mode:
-        rounds = self._learned.rounds
+        rounds = self.learned.rounds
         if rounds < self.TRIAL * len(self.modes):
             return self.modes[rounds // self.TRIAL]
-        learned = self._learned
+        learned = self.learned
         since, tried = rounds - learned.last_try, self.TRIAL // 2 + 1
         if learned.best is not None and since < tried:
             return self.mode

@@ -1,6 +1,8 @@
-"""Token maps of the engine's passes. Shapes: R rows, W slots of the widest open block."""
+"""Token maps of pieces that are more than one run: [1, q] tokens of one text."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,30 +10,26 @@ from torch import Tensor
 from blockdiff.layout import TokenMap
 
 
-def clean_map(position: Tensor, start: Tensor, used: Tensor, prompt: bool = False) -> TokenMap:
-    """Clean tokens of one document a row; tokens that are not used belong to none."""
-    no = torch.zeros_like(used)
-    return TokenMap(
-        doc=torch.where(used, 0, -1),
-        position=position,
-        block=start,
-        start=start,
-        prompt=~no if prompt else no,
-        noisy=no,
-    )
+def clean_blocks(first: int, starts: Sequence[int], device: torch.device) -> TokenMap:
+    """Clean tokens from position `first` on, each in the block that begins at its start."""
+    start = torch.tensor(starts, device=device)[None]
+    return _map(first + torch.arange(len(starts), device=device)[None], start, start, noisy=False)
 
 
-def branches(ids: Tensor, tokens: TokenMap, rows: Tensor, length: int, mask_id: int) -> tuple[Tensor, TokenMap]:
-    """For every slot of the blocks, a noisy block that begins after it: its token as the seed, then masks.
+def branch_map(first: int, size: int, length: int, device: torch.device) -> TokenMap:
+    """For each of `size` clean tokens from `first` on a noisy block that begins with it."""
+    start = (first + torch.arange(size, device=device))[:, None].expand(size, length)
+    place = start + torch.arange(length, device=device)
+    return _map(place.reshape(1, -1), start.reshape(1, -1), start.reshape(1, -1), noisy=True)
 
-    ids and tokens [R, W] of the clean pass, rows bool [R]: which rows draft ahead. Returns ids and map
-    [R, W * length].
-    """
-    count, width = ids.shape
-    slot = torch.arange(length, device=ids.device)
-    inputs = torch.where(slot == 0, ids[..., None], mask_id)
-    start = tokens.position[..., None].expand(count, width, length)
-    doc = torch.where(rows[:, None], tokens.doc, -1)[..., None].expand(count, width, length)
-    no = torch.zeros_like(doc, dtype=torch.bool)
-    found = TokenMap(doc=doc, position=start + slot, block=start, start=start, prompt=no, noisy=~no)
-    return inputs.flatten(1), found.map(lambda tensor: tensor.flatten(1))
+
+def state_map(first: int, size: int, depth: int, device: torch.device) -> TokenMap:
+    """`depth` states of one noisy block that do not see one another."""
+    place = (first + torch.arange(size, device=device)).expand(depth, size)
+    block = torch.arange(depth, device=device)[:, None].expand(depth, size)
+    return _map(place.reshape(1, -1), torch.full_like(place, first).reshape(1, -1), block.reshape(1, -1), noisy=True)
+
+
+def _map(position: Tensor, start: Tensor, block: Tensor, *, noisy: bool) -> TokenMap:
+    no = torch.zeros_like(position, dtype=torch.bool)
+    return TokenMap(torch.zeros_like(position), position, block, start, no, ~no if noisy else no)

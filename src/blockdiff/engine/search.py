@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from blockdiff.engine.batch import Batch
+from blockdiff.engine.entry import Entry
+from blockdiff.engine.pages import OutOfPages, Pages
 from blockdiff.engine.request import Output, Request
 from blockdiff.engine.stream import TextStream
 from blockdiff.rng import uniform
@@ -17,88 +18,61 @@ from blockdiff.rng import uniform
 _PARTICLE, _RESAMPLE, _REFINE = 10, 11, 13  # purposes of random numbers
 
 
-@dataclass
-class Search:
-    """Requests as rows of a batch: one each, or several particles (self-rewarding SMC, arXiv 2602.01849).
+def particles(request: Request) -> list[Request]:
+    """The request itself, or its particles (self-rewarding SMC, arXiv 2602.01849), which differ in their seeds."""
+    if request.policy.search is None:
+        return [request]
+    count = request.policy.search.count
+    return [replace(request, seed=int(uniform(request.seed, at, _PARTICLE) * 2**53)) for at in range(count)]
 
-    owner: the request of every row; weight: log-probability of what the row filled since it was last resampled.
-    Particles that have ended are no longer resampled; the rest of a request are, when their effective number at a
-    block's end is below half of them.
+
+def resample(live: Sequence[Entry], seed: int, blocks: int, pages: Pages) -> list[Entry]:
+    """Replace unlikely particles by copies of likely ones, when their effective number is below half of them.
+
+    live: those that have not ended, all at the end of a block, their `blocks`-th together. A weight is the probability
+    of what a particle filled since it was last resampled; copies differ in what they draw from now on. Returns those
+    for whose pages there was no room.
     """
+    if len(live) < 2:
+        return []
+    log_weight = torch.tensor(
+        [sum(entry.output.log_probabilities) - entry.counted for entry in live], dtype=torch.float64
+    )
+    weight = log_weight.softmax(0)
+    if float(1 / weight.square().sum()) >= len(live) / 2:
+        return []
+    u = uniform(seed, blocks, torch.arange(len(live)), _RESAMPLE)
+    picked = torch.searchsorted(weight.cumsum(0), u).clamp(max=len(live) - 1).tolist()
+    before = [(list(entry.tokens), entry.output, entry.stream, entry.table, entry.shadow) for entry in live]
+    after = [(live[at], before[source], at == source) for at, source in enumerate(sorted(picked))]
+    old = [before[at] for at, source in enumerate(sorted(picked)) if at != source]
+    without = []
+    for entry, (tokens, output, stream, table, shadow), same in after:
+        if not same:
+            entry.tokens, entry.output, entry.stream = list(tokens), copy.deepcopy(output), copy.copy(stream)
+            try:
+                entry.table, entry.shadow = pages.fork(table, len(tokens)), None
+                entry.shadow = None if shadow is None else pages.fork(shadow, len(tokens))
+            except OutOfPages:
+                without.append(entry)
+    for *_, table, shadow in old:
+        pages.release(table)
+        if shadow is not None:
+            pages.release(shadow)
+    for entry in live:
+        entry.counted = sum(entry.output.log_probabilities)
+    return without
 
-    requests: list[Request]
-    owner: list[int]
-    weight: dict[int, float] = field(default_factory=dict)
-    blocks: int = 0
 
-    @staticmethod
-    def of(requests: Sequence[Request]) -> Search:
-        rows, owner = [], []
-        for number, request in enumerate(requests):
-            count = request.policy.search.count if request.policy.search else 1
-            for particle in range(count):
-                seed = request.seed if count == 1 else int(uniform(request.seed, particle, _PARTICLE) * 2**53)
-                rows.append(replace(request, seed=seed))
-                owner.append(number)
-        return Search(rows, owner)
+def best_of(outputs: Sequence[Output]) -> Output:
+    """The output whose text has the highest summed log-probability.
 
-    @property
-    def active(self) -> bool:
-        return len(set(self.owner)) < len(self.owner)
-
-    def resample(self, batch: Batch, outputs: list[Output], streams: list[TextStream]) -> None:
-        """Replace unlikely particles by copies of likely ones; the copies differ in what they draw from now on."""
-        self.blocks += 1
-        rows = batch.rows.tolist()
-        places: dict[int, list[int]] = {}
-        for at, row in enumerate(rows):
-            places.setdefault(self.owner[row], []).append(at)
-        source, resampled = list(range(len(rows))), []
-        for number, members in places.items():
-            if self.requests[rows[members[0]]].policy.search is None or len(members) < 2:
-                continue
-            log_weight = torch.tensor(
-                [sum(outputs[rows[at]].log_probabilities) - self.weight.get(rows[at], 0.0) for at in members],
-                dtype=torch.float64,
-            )
-            weight = log_weight.softmax(0)
-            if float(1 / weight.square().sum()) >= len(members) / 2:
-                continue
-            seed = self.requests[self.owner.index(number)].seed
-            u = uniform(seed, self.blocks, torch.arange(len(members)), _RESAMPLE)
-            picked = torch.searchsorted(weight.cumsum(0), u).clamp(max=len(members) - 1).tolist()
-            for at, chosen in zip(members, sorted(picked), strict=True):
-                source[at] = members[chosen]
-            resampled += members
-        if source == list(range(len(rows))):
-            return
-        copies = {at: (outputs[rows[at]], streams[rows[at]]) for at in set(source)}
-        copies = {at: (copy.deepcopy(output), copy.copy(stream)) for at, (output, stream) in copies.items()}
-        seeds = batch.seed.clone()
-        batch.select(torch.tensor(source))
-        batch.rows, batch.seed = torch.tensor(rows), seeds
-        for at, row in enumerate(rows):
-            output, stream = copies[source[at]]
-            _overwrite(outputs[row], copy.deepcopy(output))
-            streams[row] = copy.copy(stream)
-        for at in resampled:
-            self.weight[rows[at]] = sum(outputs[rows[at]].log_probabilities)
-
-    def best(self, outputs: Sequence[Output]) -> list[Output]:
-        """Of every request the row whose text has the highest summed log-probability.
-
-        Particles share their passes, so forwards are those of the longest; positions are summed."""
-        found: dict[int, list[Output]] = {}
-        for owner, output in zip(self.owner, outputs, strict=True):
-            found.setdefault(owner, []).append(output)
-        best = []
-        for number in sorted(found):
-            chosen = max(found[number], key=lambda output: sum(output.log_probabilities))
-            for name in ("denoise_forwards", "commit_forwards", "verify_forwards"):
-                setattr(chosen, name, max(getattr(output, name) for output in found[number]))
-            chosen.positions = sum(output.positions for output in found[number])
-            best.append(chosen)
-        return best
+    Particles share their passes, so forwards are those of the longest; positions are summed."""
+    best = max(outputs, key=lambda output: sum(output.log_probabilities))
+    for name in ("denoise_forwards", "commit_forwards", "verify_forwards"):
+        setattr(best, name, max(getattr(output, name) for output in outputs))
+    best.positions = sum(output.positions for output in outputs)
+    return best
 
 
 def refinement(request: Request, draft: Output) -> Request:
@@ -149,8 +123,3 @@ def refined(tokenizer: PreTrainedTokenizerBase, request: Request, draft: Output,
         positions=draft.positions + second.positions,
         edits=sum(old != new for old, new in zip(draft.tokens, tokens, strict=True)),
     )
-
-
-def _overwrite(output: Output, other: Output) -> None:
-    for name in output.__dataclass_fields__:
-        setattr(output, name, getattr(other, name))

@@ -5,11 +5,12 @@ time*, not that of the AR model. From the logits of a state the next states are 
 all guessed states, each as a noisy block of its own over the same cache; a guess counts while it is what the policy
 does with the logits of the state before it. (FreeDave, arXiv 2510.00294.) Its cost is `steps` times the tokens a pass.
 
-Shapes: R rows, W slots, D guessed states.
+Shapes: d rows, W slots, D guessed states.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -17,27 +18,7 @@ from torch import Tensor
 
 from blockdiff.decode import OpenBlocks, Policy
 from blockdiff.decode.counts import Fixed
-from blockdiff.engine.batch import Batch
-from blockdiff.engine.group import Group
-from blockdiff.layout import TokenMap
-
-
-def denoise_stepwise(batch: Batch, steps: int) -> bool:
-    """One pass over the open blocks and up to `steps` guessed states after them; False when every block is final."""
-    final = batch.gather(lambda group: group.final)
-    if bool(final.all()):
-        return False
-    states = [
-        [group.blocks] + [group.blocks.recall(f"guess{n}") for n in range(_known(group))] for group in batch.groups
-    ]
-    depth = max(len(own) for own in states)
-    logits = _logits(batch, [own + [own[-1]] * (depth - len(own)) for own in states])
-    for group, own in zip(batch.groups, states, strict=True):
-        _advance(batch, group, own, group.of(logits), steps)
-    for at, (row, done) in enumerate(zip(batch.rows.tolist(), final.tolist(), strict=True)):
-        batch.outputs[row].denoise_forwards += not done
-        batch.outputs[row].positions += 0 if done else int(batch.size[at]) * depth
-    return True
+from blockdiff.engine.rows import Rows
 
 
 def one_at_a_time(policy: Policy) -> Policy:
@@ -45,54 +26,40 @@ def one_at_a_time(policy: Policy) -> Policy:
     return replace(policy, counts=(Fixed(1),), max_steps=None)
 
 
-def _known(group: Group) -> int:
-    return sum(name.startswith("guess") and name.endswith(".ids") for name in group.blocks.memory)
+def guessed(blocks: OpenBlocks) -> list[OpenBlocks]:
+    """The open blocks, and the states that were guessed after them (of a block just opened: those of the one before,
+    which never agree with where it stands, or are right)."""
+    count = sum(name.startswith("guess") and name.endswith(".ids") for name in blocks.memory)
+    return [blocks] + [blocks.recall(f"guess{number}") for number in range(count)]
 
 
-def _advance(batch: Batch, group: Group, states: list[OpenBlocks], logits: Tensor, steps: int) -> None:
+def advance(rows: Rows, denoised: Sequence[int], logits: Tensor) -> list[int]:
     """Take the policy's steps as far as the guessed states were the right ones, and guess anew from where they end.
 
-    logits [R, D, W, V] of the states.
+    logits [d, D, W, V] of the states. Returns the rows whose blocks are final.
     """
-    policy = one_at_a_time(group.policy)
-    start = group.blocks
-    here = replace(start, memory={})
-    going = ~group.final
+    policy, steps = one_at_a_time(rows.kind.policy), rows.kind.stepwise
+    index = rows.index(denoised)
+    whole = rows.blocks if isinstance(index, slice) else rows.blocks.select(index)
+    noise = None if rows.noise is None else rows.noise[index]
+    states = guessed(whole)
+    here = replace(whole, memory={})
+    going = here.masked.any(1)
     base = logits[:, 0]
     for number, state in enumerate(states):
         if number:  # this state was a guess: it counts where it is where the policy arrived
             going = going & (state.ids == here.ids).all(1) & (state.status == here.status).all(1)
             base = torch.where(going[:, None, None], logits[:, number], base)
         going = going & here.masked.any(1)
-        after, _ = policy.step(here, logits[:, number], batch._propose(group, here))
-        here = after.unless(~going, here) if len(going) > 1 else (after if bool(going.all()) else here)
+        after, _ = policy.step(here, logits[:, number], rows.proposer(here, noise, index))
+        here = after.unless(~going, here)
     guesses, guess = [], here
     for _ in range(steps - 1):
-        guess, _ = policy.step(guess, base, batch._propose(group, guess))
+        guess, _ = policy.step(guess, base, rows.proposer(guess, noise, index))
         guesses.append(guess)
-    blocks = here
+    blocks = replace(here, memory={})
     for number, guess in enumerate(guesses):
         blocks = blocks.keep(f"guess{number}", guess)
-    group.blocks = blocks
-    group.final = ~here.masked.any(1)
-
-
-def _logits(batch: Batch, states: list[list[OpenBlocks]]) -> Tensor:
-    """Logits [R, D, W, V] of D states of every open block, each a noisy block of its own."""
-    own = [group.blocks for group in batch.groups]
-    ids, maps = [], []
-    for number in range(len(states[0])):
-        for group, state in zip(batch.groups, states, strict=True):
-            group.blocks = state[number]
-        shown, _ = batch.shown()
-        if batch.alignment.seeded:
-            shown = torch.cat([batch.last[:, None], shown[:, :-1]], 1)
-        tokens = batch.noisy_map()
-        ids.append(shown)
-        maps.append(replace(tokens, block=tokens.block + number * batch.model.context_length))
-    for group, blocks in zip(batch.groups, own, strict=True):
-        group.blocks = blocks
-    logits = batch.model(torch.cat(ids, 1), TokenMap.cat(*maps), past=batch.past)
-    rows, width = ids[0].shape
-    parts = logits.view(rows, len(ids), width, -1).unbind(1)
-    return torch.stack([batch._allowed(batch._aligned(part)) for part in parts], 1)
+    rows.blocks = blocks if isinstance(index, slice) else rows.blocks.put_rows(index, blocks)
+    final = (~here.masked.any(1)).tolist()
+    return [row for row, done in zip(denoised, final, strict=True) if done]

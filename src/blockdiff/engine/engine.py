@@ -1,0 +1,424 @@
+"""Continuous batching: requests join and leave between passes, and every pass serves all of them.
+
+One iteration is one ragged forward: parts of prompts are read, finished blocks committed, drafts verified and open
+blocks denoised, each request at its own place. A request is admitted, first come first served, when there are pages for
+its prompt and its first block; where pages run out, the one that came last gives up its own between two blocks and is
+admitted again later. Its text does not change: it is a function of the request and its final tokens.
+
+A prompt that begins like one that was read before takes that one's pages (`engine.pages`); one that begins like a
+prompt that is being read waits for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blockdiff.decode import MASK
+from blockdiff.engine.checks import check
+from blockdiff.engine.entry import Entry, OnStep, OnText, Phase
+from blockdiff.engine.network import Network
+from blockdiff.engine.pages import OutOfPages, Pages, Table
+from blockdiff.engine.ragged import RaggedPass
+from blockdiff.engine.request import Output, Request, Step
+from blockdiff.engine.rows import Kind, Rows
+from blockdiff.engine.search import best_of, particles, refined, refinement, resample
+from blockdiff.engine.share import Share
+from blockdiff.engine.stream import TextStream
+from blockdiff.model import BlockDiffusionModel
+
+
+@dataclass(frozen=True)
+class Limits:
+    """pages of page_size tokens: the memory for keys and values; clean_tokens: of prompts and blocks, in one pass;
+    requests: served at once; fused: finished blocks are committed in their successor's first pass, where that is exact;
+    sharing: texts that begin alike share pages."""
+
+    pages: int = 4096
+    page_size: int = 16
+    clean_tokens: int = 2048
+    requests: int = 256
+    fused: bool = True
+    sharing: bool = True
+
+
+@dataclass
+class Job:
+    """A request that was handed in: its rows (several where it searches), and its output once it is done."""
+
+    number: int
+    request: Request
+    on_text: OnText | None
+    on_step: OnStep | None
+    entries: list[Entry] = field(default_factory=list)
+    output: Output | None = None
+    draft: Output | None = None
+    began: float = field(default_factory=time.perf_counter)
+    blocks: int = 0  # that particles have finished together
+
+    @property
+    def silent(self) -> bool:
+        """Whether text is shown at the end only: it may still change."""
+        return self.request.policy.search is not None or self.request.policy.refine is not None
+
+
+def slots_for_block(request: Request, length: int) -> int:
+    """Slots that a text of `length` tokens needs for its next block."""
+    ahead = request.block_size if request.lossless and request.drafting != "policy" else request.stepwise
+    return length + request.block_size * (1 + ahead)
+
+
+def slots_of(model: BlockDiffusionModel, request: Request, page_size: int) -> int:
+    """Slots that a request may come to need."""
+    texts = (request.policy.search.count if request.policy.search else 1) * (1 + Kind.of(model, request).guided)
+    end = min(len(request.prompt) + request.max_new_tokens, model.context_length)
+    return texts * (slots_for_block(request, end) + page_size)
+
+
+def pages_for(model: BlockDiffusionModel, requests: Sequence[Request], limits: Limits) -> int:
+    """Pages that all these requests need at once."""
+    return sum(-(-slots_of(model, request, limits.page_size) // limits.page_size) for request in requests)
+
+
+class Engine:
+    """Serves requests: `add` them, `step` until they are done, `cancel` what is no longer wanted."""
+
+    def __init__(self, model: BlockDiffusionModel, limits: Limits = Limits()) -> None:
+        if model.tokenizer is None:
+            raise ValueError("the model has no tokenizer: load it from a directory that holds one")
+        self.model, self.limits = model, limits
+        self.tokenizer = model.tokenizer
+        self.pages = Pages(limits.pages, limits.page_size)
+        self.network = Network.of(model)
+        self.iterations = 0
+        self.preemptions = 0
+        self.prompt_tokens = 0  # that were read, and that were found in shared pages
+        self.shared_tokens = 0
+        self._jobs: dict[int, Job] = {}
+        self._waiting: list[tuple[Job, Entry]] = []
+        self._groups: dict[Kind, Rows] = {}
+        self._count = 0
+        self._block_causal = model.spec.clean_context == "block_causal"
+
+    # ---- the outside
+
+    def add(self, request: Request, on_text: OnText | None = None, on_step: OnStep | None = None) -> Job:
+        """Hand in a request. Raises ValueError for one that the model, or this engine's memory, cannot serve."""
+        check(self.model, request)
+        if (most := slots_of(self.model, request, self.limits.page_size)) > self.limits.pages * self.limits.page_size:
+            raise ValueError(
+                f"the request needs room for {most} tokens and the engine's memory holds "
+                f"{self.limits.pages * self.limits.page_size}; ask for less, or give the engine more pages"
+            )
+        job = Job(self._count, request, on_text, on_step)
+        self._count += 1
+        self._jobs[job.number] = job
+        self._enlist(job, request)
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Forget a request; its pages are free at once."""
+        self._jobs.pop(job.number, None)
+        self._waiting = [(other, entry) for other, entry in self._waiting if other is not job]
+        for entry in job.entries:
+            entry.phase = Phase.DONE
+            self._release(entry)
+        self._sweep()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._jobs)
+
+    @property
+    def running(self) -> int:
+        """Rows that hold pages."""
+        return sum(len(rows.entries) for rows in self._groups.values())
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @torch.inference_mode()
+    def step(self) -> list[Job]:
+        """One iteration; returns the jobs that it finished."""
+        began = time.perf_counter()
+        finished = [*self._sweep()]
+        self._admit()
+        self._open()
+        finished += self._sweep()
+        shares, budget = [], self.limits.clean_tokens
+        for rows in self._groups.values():
+            share = Share.of(rows, budget)
+            budget -= len(share.clean_at)
+            if share.count:
+                shares.append(share)
+        if shares:
+            self._run(shares)
+            self.iterations += 1
+            seconds = time.perf_counter() - began
+            for share in shares:
+                if share.rows.pace is not None:
+                    share.rows.pace.tick(share.kept, seconds)
+        return finished + self._sweep()
+
+    # ---- entering
+
+    def _enlist(self, job: Job, request: Request) -> None:
+        for own in particles(request):
+            stream = TextStream(self.tokenizer, own.prompt, own.stop)
+            on_text = None if job.silent else job.on_text
+            on_step = None if job.silent else job.on_step
+            entry = Entry(own, job.number, self.model.context_length, stream, on_text, on_step)
+            job.entries.append(entry)
+            self._waiting.append((job, entry))
+
+    def _admit(self) -> None:
+        """Take in who has waited longest, while there are pages; nobody overtakes."""
+        reading = [entry for rows in self._groups.values() for entry in rows.entries if entry.pending > 1]
+        while self._waiting and self.running < self.limits.requests:
+            entry = self._waiting[0][1]
+            marks = entry.marks(self._block_causal)
+            if self.limits.sharing and self._comes(marks[:-1], reading):
+                return
+            if not self._reserved(entry, marks):
+                return
+            self._waiting.pop(0)
+            kind = Kind.of(self.model, entry.request)
+            if entry.phase is not Phase.MEET:
+                at_once = not kind.first_known and self.limits.fused and entry.pending <= self.limits.clean_tokens
+                entry.phase = Phase.OPEN if at_once else Phase.FEED
+            if kind not in self._groups:
+                self._groups[kind] = Rows(self.model, kind)
+            self._groups[kind].join(entry)
+            reading.append(entry)
+
+    def _comes(self, marks: Sequence[Any], reading: list[Entry]) -> bool:
+        """Whether a longer beginning of these tokens than is filed now is being read for somebody else."""
+        filed, size = self.pages.matched(marks), self.limits.page_size
+        for entry in reading:
+            theirs = entry.marks(self._block_causal)
+            end = (filed // size + 1) * size
+            if len(theirs) >= end and list(marks[:end]) == list(theirs[:end]) and entry.table.written < end:
+                return True
+        return False
+
+    def _reserved(self, entry: Entry, marks: Sequence[Any]) -> bool:
+        """Give an entry its pages, shared ones first; False, and nothing taken, where there are too few."""
+        guided = "unconditional" in entry.request.policy.needs
+        # the last token is always read: its logits, or the block behind it, are wanted
+        shared = self.pages.adopt(entry.table, marks[:-1]) if self.limits.sharing and not guided else 0
+        try:
+            self.pages.reserve(entry.table, slots_for_block(entry.request, len(entry.tokens)))
+            if guided:
+                entry.shadow = Table()
+                self.pages.reserve(entry.shadow, slots_for_block(entry.request, len(entry.tokens)))
+        except OutOfPages:
+            self._release(entry)
+            return False
+        self.shared_tokens += shared
+        self.prompt_tokens += len(entry.tokens) - shared
+        return True
+
+    # ---- blocks
+
+    def _open(self) -> None:
+        """Open the next block of every row that may, until each has something for the pass."""
+        for kind in list(self._groups):
+            rows = self._groups[kind]
+            while True:
+                self._meet(rows)
+                ready = [row for row, entry in enumerate(rows.entries) if entry.phase is Phase.OPEN]
+                ready = [row for row in ready if self._has_pages(rows.entries[row])]
+                ready = [row for row in ready if rows.entries[row].phase is Phase.OPEN]
+                if not ready:
+                    break
+                rows.open(ready)
+                self._show(rows, ready)
+                open_masks = (rows.blocks.status == MASK).any(1).tolist()
+                self._finish(rows, [row for row in ready if not open_masks[row]])
+
+    def _has_pages(self, entry: Entry) -> bool:
+        """Pages for the next block. Where there are none, who came last goes back to the queue; until that is between
+        two blocks, the others wait."""
+        slots = slots_for_block(entry.request, len(entry.tokens))
+        while True:
+            try:
+                self.pages.reserve(entry.table, slots)
+                if entry.shadow is not None:
+                    self.pages.reserve(entry.shadow, slots)
+                return True
+            except OutOfPages:
+                pass
+            others = [e for rows in self._groups.values() for e in rows.entries if e.phase is not Phase.DONE]
+            last = max(others, key=lambda e: e.order)
+            if last.phase not in (Phase.OPEN, Phase.FEED, Phase.MEET) and last is not entry:
+                return False
+            self._preempt(last)
+            if last is entry:
+                return False
+
+    def _preempt(self, entry: Entry) -> None:
+        """Take an entry's pages; it goes back to the queue with its tokens."""
+        job = self._jobs[entry.order]
+        self.preemptions += 1
+        self._release(entry)
+        again = replace(entry, table=Table(), shadow=None, size=0)
+        job.entries = [again if own is entry else own for own in job.entries]
+        entry.phase = Phase.DONE
+        place = sum(other.order <= entry.order for _, other in self._waiting)
+        self._waiting.insert(place, (job, again))
+
+    def _finish(self, rows: Rows, done: list[int]) -> None:
+        """Blocks with no mask left: drafts are verified next, the others delivered."""
+        if not done:
+            return
+        if rows.kind.policy.planner is not None:
+            inside = rows.blocks.inside.sum(1).tolist()
+            for row in done:
+                rows.entries[row].size = inside[row]
+        if rows.kind.lossless:
+            for row in done:
+                rows.entries[row].phase = Phase.VERIFY
+            return
+        going = rows.delivered(done, [rows.entries[row].size for row in done])
+        for row in done:
+            entry = rows.entries[row]
+            entry.phase = Phase.DONE
+            if row in going:
+                fused = self.limits.fused and not rows.kind.first_known
+                entry.output.commit_forwards += not fused
+                entry.output.positions += entry.size
+                entry.phase = Phase.MEET if entry.request.policy.search else Phase.OPEN if fused else Phase.FEED
+
+    def _meet(self, rows: Rows) -> None:
+        """Particles go on together: when all that live have finished their block, they may be resampled."""
+        if rows.kind.policy.search is None:
+            return
+        fused = self.limits.fused and not rows.kind.first_known
+        for job in self._jobs.values():
+            live = [entry for entry in job.entries if not entry.output.finish_reason]
+            if live and all(entry.phase is Phase.MEET for entry in live):
+                job.blocks += 1
+                without = resample(live, job.request.seed, job.blocks, self.pages)
+                for entry in live:
+                    entry.phase = Phase.OPEN if fused else Phase.FEED
+                for entry in without:
+                    self._preempt(entry)
+
+    # ---- the pass
+
+    def _run(self, shares: list[Share]) -> None:
+        device = self.model.device
+        clean_at = [at for share in shares for at in share.clean_at]
+        noisy_at = [at for share in shares for at in share.noisy_at]
+        ids = [torch.tensor([i for share in shares for i in share.clean_ids], dtype=torch.int64, device=device)]
+        ids += [part for share in shares for part in share.noisy_ids]
+        read, first = [], 0
+        for share in shares:
+            read += [first + at for at in share.read_clean]
+            first += len(share.clean_at)
+        for share in shares:
+            read += [first + at for at in share.read_noisy]
+            first += len(share.noisy_at)
+        pieces = [p for share in shares for p in share.clean] + [p for share in shares for p in share.noisy]
+        seen = RaggedPass(self.pages, pieces, self.model.spec.clean_context, device)
+        logits = self.network.run(
+            self.model,
+            seen,
+            torch.cat(ids),
+            torch.tensor(clean_at + noisy_at, device=device),
+            torch.tensor(read, dtype=torch.int64, device=device),
+            len(clean_at),
+            self._blend(shares, len(clean_at), len(noisy_at)),
+        )
+        counts = [len(s.read_clean) for s in shares] + [len(s.read_noisy) for s in shares]
+        parts = logits.split(counts)
+        for number, share in enumerate(shares):
+            done, ended = share.take(parts[number], parts[len(shares) + number])
+            for row in ended:
+                share.rows.entries[row].phase = Phase.DONE
+            self._show(share.rows, share.denoised)
+            self._finish(share.rows, done)
+            for row, _ in share.fed:
+                self._file(share.rows.entries[row])
+            for row in share.verified:
+                self._file(share.rows.entries[row])
+
+    def _blend(self, shares: list[Share], clean: int, noisy: int) -> tuple[Tensor, Tensor] | None:
+        """Tokens and weights [T, K] of what is blended into the pack."""
+        found, first = [], clean
+        for share in shares:
+            found += [(first + offset, ids, weights) for offset, ids, weights in share.blends]
+            first += len(share.noisy_at)
+        if not found:
+            return None
+        width = max(ids.shape[1] for _, ids, _ in found)
+        ids = torch.zeros(clean + noisy, width, dtype=torch.int64, device=self.model.device)
+        weight = torch.zeros(clean + noisy, width, device=self.model.device)
+        for start, own, own_weight in found:
+            ids[start : start + len(own), : own.shape[1]] = own
+            weight[start : start + len(own), : own.shape[1]] = own_weight.to(weight.dtype)
+        return ids, weight
+
+    def _file(self, entry: Entry, *, ended: bool = False) -> None:
+        """Offer what an entry has written to others."""
+        size = self.limits.page_size
+        if self.limits.sharing and entry.shadow is None and (ended or entry.table.written // size > entry.table.filed):
+            self.pages.file(entry.table, entry.marks(self._block_causal), ended=ended)
+
+    # ---- leaving
+
+    def _sweep(self) -> list[Job]:
+        """Let go of rows that are done; returns the jobs that this finishes."""
+        for kind, rows in list(self._groups.items()):
+            kept = [row for row, entry in enumerate(rows.entries) if entry.phase is not Phase.DONE]
+            if len(kept) < len(rows.entries):
+                for entry in rows.entries:
+                    if entry.phase is Phase.DONE:
+                        self._release(entry)
+                rows.keep(kept)
+            if not kept:
+                del self._groups[kind]
+        finished = []
+        for job in list(self._jobs.values()):
+            if all(entry.output.finish_reason for entry in job.entries) and self._done(job):
+                del self._jobs[job.number]
+                finished.append(job)
+        return finished
+
+    def _done(self, job: Job) -> bool:
+        """Whether a job's rows are its end; one that refines begins its second stage."""
+        output = best_of([entry.output for entry in job.entries])
+        if job.draft is not None:
+            output = refined(self.tokenizer, job.request, job.draft, output)
+        elif job.request.policy.refine is not None and output.tokens:
+            job.draft, job.entries = output, []
+            self._enlist(job, refinement(job.request, output))
+            return False
+        job.output = output
+        output.seconds = time.perf_counter() - job.began
+        if job.silent and job.on_text is not None and output.text:
+            job.on_text(output.text)
+        return True
+
+    def _release(self, entry: Entry) -> None:
+        if entry.table.pages:
+            self._file(entry, ended=True)
+            self.pages.release(entry.table)
+        if entry.shadow is not None:
+            self.pages.release(entry.shadow)
+
+    def _show(self, rows: Rows, shown: Sequence[int]) -> None:
+        for row in shown:
+            entry = rows.entries[row]
+            if entry.on_step is None:
+                continue
+            blocks, size = rows.blocks, entry.size
+            ids, masked = blocks.ids[row, :size].tolist(), (blocks.status[row, :size] == MASK).tolist()
+            tokens = tuple(None if hidden else token for token, hidden in zip(ids, masked, strict=True))
+            entry.on_step(Step(entry.order, len(entry.tokens), int(blocks.step[row]), tokens))
