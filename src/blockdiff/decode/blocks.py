@@ -239,3 +239,38 @@ class View:
     @property
     def masked(self) -> Tensor:
         return self.blocks.masked
+
+
+@dataclass(frozen=True)
+class MaskedView(View):
+    """A view of the masked positions alone: logits [N, V] of them, row by row; what is read of others is 0."""
+
+    @staticmethod
+    def of(blocks: OpenBlocks, logits: Tensor, tokens: Tensor) -> MaskedView:
+        """tokens [N] proposed for the masked positions."""
+        return MaskedView(blocks, logits, torch.zeros_like(blocks.ids).masked_scatter(blocks.masked, tokens))
+
+    @cached_property
+    def chosen_log_probability(self) -> Tensor:
+        tokens = self.tokens[self.masked]
+        return self._spread((self.logits.gather(-1, tokens[:, None])[:, 0] - self._logsumexp).double())
+
+    @cached_property
+    def top(self) -> tuple[Tensor, Tensor]:
+        value, token = self.logits.topk(min(2, self.logits.shape[-1]), dim=-1)
+        return self._spread((value - self._logsumexp[:, None]).exp()), self._spread(token)
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        log_p = self.logits - self._logsumexp[:, None]
+        return self._spread(-(log_p.exp() * log_p.clamp(min=-1e30)).sum(-1))
+
+    @cached_property
+    def _logsumexp(self) -> Tensor:
+        return self.logits.logsumexp(-1)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """Values [N, ...] of the masked positions as [R, n, ...]."""
+        whole = values.new_zeros((*self.blocks.ids.shape, *values.shape[1:]))
+        whole[self.masked] = values
+        return whole

@@ -225,6 +225,7 @@ class Stable(Count):
     level: float = 0.9
     kl: float = 0.01
     steps: int = 2
+    everywhere = True
     name = "stable"
     compares = True
 

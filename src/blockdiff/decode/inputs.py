@@ -18,6 +18,8 @@ from blockdiff.decode.parts import Part, fraction, positive
 class LogitChange(Part, ABC):
     """A change of the raw logits before anything is proposed or scored, [R, n, V] -> [R, n, V]."""
 
+    everywhere = True
+
     @abstractmethod
     def __call__(self, blocks: OpenBlocks, logits: Tensor, unconditional: Tensor | None) -> Tensor: ...
 
@@ -84,6 +86,7 @@ class Soft(Part):
     steep: float = 10.0
     centre: float = -0.75
     top: int = 3
+    everywhere = True
     name = "soft"
 
     def __post_init__(self) -> None:

@@ -12,11 +12,12 @@ class Part:
     """One replaceable piece of a decoder: a frozen dataclass, pure functions of a `View`.
 
     name: as a composition calls it; needs: what the engine must supply for it beyond the logits (`attention`,
-    `unconditional`, `uniform_state`).
+    `unconditional`, `uniform_state`); everywhere: it reads logits at filled positions, too, or keeps them for later.
     """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
+    everywhere: ClassVar[bool] = False
 
     def remember(self, view: View, blocks: OpenBlocks) -> OpenBlocks:
         """The blocks after a step, with what this part will want to know at the next."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from blockdiff.decode.blocks import FILLED, OpenBlocks, View
+from blockdiff.decode.blocks import FILLED, MaskedView, OpenBlocks, View
 from blockdiff.decode.counts import Count, Everything, Fixed, Reverse, Threshold
 from blockdiff.decode.inputs import Credit, LogitChange, Soft
 from blockdiff.decode.parts import Part, fraction
@@ -106,6 +106,11 @@ class Policy:
         return frozenset().union(*(part.needs for part in self.parts))
 
     @property
+    def reads_masked(self) -> bool:
+        """Whether the logits of masked positions are all that a step reads."""
+        return not any(part.everywhere for part in self.parts)
+
+    @property
     def final_once_filled(self) -> bool:
         """Whether a filled token stays."""
         return self.reviser is None and self.search is None and self.refine is None
@@ -142,14 +147,19 @@ class Policy:
     ) -> tuple[OpenBlocks, Tensor]:
         """The blocks after one step, and which rows are final now, bool [R].
 
-        logits [R, n, V] of the blocks as they stand; propose: tokens [R, n] for logits.
+        logits [R, n, V] of the blocks as they stand, or [N, V] of their masked positions alone, row by row (where
+        the policy `reads_masked`); propose: tokens [R, n] or [N] for logits.
         """
         blocks = replace(blocks, step=blocks.step + 1)
         credited: list[tuple[Credit, Tensor]] = []
         for change in self.logits:
             credited += [(change, logits)] if isinstance(change, Credit) else []
             logits = change(blocks, logits, unconditional)
-        view = View(blocks, logits, propose(logits), attention, token_ids)
+        if logits.dim() == 2:
+            view: View = MaskedView.of(blocks, logits, propose(logits))
+            view = replace(view, attention=attention)
+        else:
+            view = View(blocks, logits, propose(logits), attention, token_ids)
         if self.planner is not None:
             size = blocks.inside.sum(1)
             blocks = blocks.shrink(torch.where(blocks.step == 1, self.planner(view), size))

@@ -53,6 +53,8 @@ class Planner(Part, ABC):
     The boundary is a function of what came before the block, so every block's tokens are drawn after it is settled.
     """
 
+    everywhere = True
+
     @abstractmethod
     def __call__(self, view: View) -> Tensor: ...
 

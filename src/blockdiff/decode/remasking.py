@@ -30,6 +30,7 @@ class Reviser(Part, ABC):
     """edits: it puts other tokens in place of filled ones, rather than masks."""
 
     edits: ClassVar[bool] = False
+    everywhere = True
 
     @abstractmethod
     def __call__(self, view: View, after: OpenBlocks) -> OpenBlocks:
@@ -51,6 +52,7 @@ class Remask(Reviser):
     eta: float = 0.05
     kind: Remasking = "cap"
     confident: bool = False
+    everywhere = False
     name = "remask"
 
     def __post_init__(self) -> None:

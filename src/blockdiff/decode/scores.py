@@ -130,6 +130,7 @@ class Stability(Modifier):
     """
 
     strength: float = 1.0
+    everywhere = True
     name = "stability"
 
     def __post_init__(self) -> None:

@@ -259,7 +259,7 @@ class Rows:
     # ---- denoising
 
     def proposer(self, blocks: OpenBlocks, noise: Tensor | None, index: Tensor | slice) -> Callable[[Tensor], Tensor]:
-        """How tokens [r, n] are proposed for logits of these rows."""
+        """How tokens are proposed for logits [r, n, V] of these rows, or [N, V] of their masked slots."""
         if noise is not None and self.kind.policy.reviser is not None:
             noise = gumbel(blocks.seed, blocks.draws, noise.shape[-1])
         settings = self._settings(index)
@@ -274,7 +274,12 @@ class Rows:
         def proposed(logits: Tensor) -> Tensor:
             if constrained is not None:
                 return constrained.propose(logits, blocks, settings)
-            return propose(logits, noise, settings)
+            if logits.dim() == 3:
+                return propose(logits, noise, settings)
+            if noise is None:
+                return propose(logits, None, settings)
+            own = settings.select(blocks.masked.nonzero()[:, 0])
+            return propose(logits[:, None], noise[blocks.masked][:, None], own)[:, 0]
 
         return proposed
 
@@ -284,7 +289,8 @@ class Rows:
     def step(
         self, rows: list[int], logits: Tensor, unconditional: Tensor | None, attention: Tensor | None
     ) -> list[int]:
-        """One step of the policy in these rows, logits [d, W, V]; returns those whose blocks are final."""
+        """One step of the policy in these rows, logits [d, W, V] or [N, V] of their masked slots (`reads_masked`);
+        returns those whose blocks are final."""
         index = self.index(rows)
         blocks = self.blocks if isinstance(index, slice) else self.blocks.select(index)
         noise = None if self.noise is None else self.noise[index]
@@ -298,6 +304,11 @@ class Rows:
         )
         self.blocks = after if isinstance(index, slice) else self.blocks.put_rows(index, after)
         return [row for row, done in zip(rows, final.tolist(), strict=True) if done]
+
+    @property
+    def reads_masked(self) -> bool:
+        """Whether the open blocks' logits are wanted at masked slots only."""
+        return self.kind.policy.reads_masked and not self.kind.stepwise and self.kind.constraint == id(None)
 
     def allowed(self, logits: Tensor) -> Tensor:
         """Logits [..., V] without the tokens that may not be written (changed in place)."""

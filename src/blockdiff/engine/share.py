@@ -40,6 +40,7 @@ class Share:
     noisy_at: list[int] = field(default_factory=list)
     read_clean: list[int] = field(default_factory=list)
     read_noisy: list[int] = field(default_factory=list)
+    masked: int | None = None  # how many slots of the open blocks are read, where only masked ones are
     blends: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # from which noisy token on
     fed: list[tuple[int, int]] = field(default_factory=list)  # rows, and how many tokens each
     asked: list[int] = field(default_factory=list)  # rows whose logits after what is fed are wanted
@@ -160,12 +161,16 @@ class Share:
         used = self._used(sizes, shown.shape[2])
         self.noisy_ids.append(shown.flatten() if used is None else shown[used[:, None].expand_as(shown)])
         sums = "attention" in rows.kind.policy.needs
-        for row, size in zip(self.denoised, sizes, strict=True):
-            self._open_piece(rows.entries[row], self._table(rows.entries[row], real), size, real and sums)
+        read = blocks.masked.tolist() if rows.reads_masked else [[True] * shown.shape[2]] * len(sizes)
+        before = len(self.read_noisy)
+        for row, size, slots in zip(self.denoised, sizes, read, strict=True):
+            self._open_piece(rows.entries[row], self._table(rows.entries[row], real), size, slots, real and sums)
+        if rows.reads_masked:
+            self.masked = len(self.read_noisy) - before
         if rows.kind.policy.soft and (found := Soft.blend(blocks)) is not None:
             self.blends.append((len(self.noisy_at) - sum(sizes), *self._blend(found, used)))
 
-    def _open_piece(self, entry: Entry, table: Table, size: int, sums: bool) -> None:
+    def _open_piece(self, entry: Entry, table: Table, size: int, wanted: Sequence[bool], sums: bool) -> None:
         start, seeded = len(entry.tokens), self.rows.alignment.seeded
         sees: Sees = "all but the seed" if seeded else "all"
         tokens = None
@@ -175,10 +180,9 @@ class Share:
         self.noisy.append(Piece(table, start, size * self.depth, True, sees, tokens, collected))
         for _ in range(self.depth):
             first = len(self.noisy_at)
-            if self.rows.alignment.first_is_clean:  # the logits of a slot predict the next one's token
-                self.read_noisy += [first, *range(first, first + size - 1)]
-            else:
-                self.read_noisy += range(first, first + size)
+            # under the clean boundary the logits of a slot predict the next one's token
+            behind = int(self.rows.alignment.first_is_clean)
+            self.read_noisy += [first + max(slot - behind, 0) for slot in range(size) if wanted[slot]]
             self.noisy_at += range(start - seeded, start - seeded + size)
 
     def _shown(self, blocks: OpenBlocks, last: Tensor) -> Tensor:
@@ -250,7 +254,8 @@ class Share:
         rows = self.rows
         sizes = [rows.entries[row].size for row in self.denoised]
         width = rows.blocks.ids.shape[1]
-        own = noisy[len(noisy) - sum(sizes) * self.depth * (2 if rows.kind.guided else 1) :]
+        count = sum(sizes) * self.depth if self.masked is None else self.masked
+        own = noisy[len(noisy) - count * (2 if rows.kind.guided else 1) :]
         unconditional = None
         if rows.kind.guided:
             own, other = own.chunk(2)
@@ -264,7 +269,8 @@ class Share:
             states = self._padded(own, sizes_of_states, width).unflatten(0, (len(sizes), self.depth))
             return advance(rows, self.denoised, states)
         attention = self._looked_at(sizes, width) if "attention" in rows.kind.policy.needs else None
-        return rows.step(self.denoised, self._padded(own, sizes, width), unconditional, attention)
+        logits = self._padded(own, sizes, width) if self.masked is None else own
+        return rows.step(self.denoised, logits, unconditional, attention)
 
     def _padded(self, flat: Tensor, sizes: Sequence[int], width: int) -> Tensor:
         """Rows [r, W, ...] of what lies one behind the other."""
