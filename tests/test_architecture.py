@@ -18,6 +18,7 @@ LAYERS = [
     | {"partitions", "masking", "ablations", "curriculum", "passes", "coverage", "statistics", "arithmetic"},
     {
         "attention",
+        "tiled",
         "adapters",
         "model",
         "probe",

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from blockdiff import tiled
 from blockdiff.masks import Visibility
 
 Implementation = Literal["sdpa", "eager", "flex"]
@@ -37,13 +38,16 @@ class UnsupportedModel(ValueError):
 def _sdpa(
     query: Tensor, key: Tensor, value: Tensor, seen: Visibility, window: int | None, scale: float, dropout: float
 ) -> Tensor:
+    if dropout == 0 and tiled.runs(query, key, value):
+        return tiled.attend(query, key, value, seen.tiles(window), scale)
     parts = [
         F.scaled_dot_product_attention(
             query[:, :, tile.queries],
-            _pick(key, tile.keys),
-            _pick(value, tile.keys),
+            tiled.pick(key, tile.keys),
+            tiled.pick(value, tile.keys),
             attn_mask=tile.mask,
             dropout_p=dropout,
+            is_causal=tile.causal,
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
@@ -99,12 +103,6 @@ def _flex_kernel(device: str) -> Any:
     if device not in _flex_kernels:
         _flex_kernels[device] = torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention
     return _flex_kernels[device]
-
-
-def _pick(tensor: Tensor, ranges: tuple[slice, ...]) -> Tensor:
-    if len(ranges) == 1:
-        return tensor[:, :, ranges[0]]
-    return torch.cat([tensor[:, :, keys] for keys in ranges], 2)
 
 
 def _registered(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
