@@ -130,6 +130,8 @@ def _registered(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, No
                 "architecture drops extra keyword arguments and cannot be used"
             )
         visibility.note_layer(getattr(module, "layer_idx", None), sliding_window)
+        if visibility.held is not None:
+            key, value = visibility.held.exchange(key, value)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if softcap is not None or s_aux is not None or visibility.attention is not None:  # no fused kernel has these
             out = _eager(query, key, value, visibility, sliding_window, scale, dropout, softcap, s_aux)

@@ -18,7 +18,7 @@ Shapes: B rows, Q queries, K keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -84,6 +84,26 @@ class AttentionSums:
         self.total = probability[..., -queries:].mean(1).sum(1)
 
 
+class KeysTaken(Exception):
+    """A layer has given its keys and values, which is all that was wanted of it."""
+
+
+@dataclass
+class KeysAndValues:
+    """Takes the keys and values [B, G, K, D] of the first layer that runs (which ends there, with `KeysTaken`) and
+    holds them for queries that come later."""
+
+    key: Tensor | None = None
+    value: Tensor | None = None
+
+    def exchange(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Hold a layer's keys and values, or give those held in their place."""
+        if self.key is None or self.value is None:
+            self.key, self.value = key, value
+            raise KeysTaken
+        return self.key, self.value
+
+
 @dataclass(frozen=True)
 class Tile:
     """Some queries, the ranges of keys that any of them sees, and their mask.
@@ -123,12 +143,18 @@ class Visibility:
     windows: dict[int, int | None] = field(default_factory=dict, repr=False, compare=False)
     annealing: Annealing | None = None
     attention: AttentionSums | None = None
+    held: KeysAndValues | None = None
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def note_layer(self, layer: int | None, window: int | None) -> None:
         """Called by the attention function: layer `layer` saw this mask, with its own sliding window."""
         if layer is not None:
             self.windows[layer] = window
+
+    def holding(self, held: KeysAndValues, slots: Tensor | None = None) -> Visibility:
+        """The same rule for a layer whose keys and values come from `held`, its queries being `slots` [B, S] alone."""
+        query = self.query if slots is None else self.query.take(slots)
+        return replace(self, query=query, held=held, _cache={})
 
     def dense(self, window: int | None = None) -> Tensor:
         """Boolean mask [B, 1, Q, K], True = visible: the reading of `scaled_dot_product_attention`."""
@@ -209,9 +235,7 @@ class Visibility:
         alike = self._rows_are_alike()
         query, key = (self.query[:1], self.key[:1]) if alike else (self.query, self.key)
         first = self._queries if window is not None else self._causal_from(query)
-        masked = [
-            self._tile(query, key, slice(at, min(at + TILE, first)), window) for at in range(0, first, TILE)
-        ]
+        masked = [self._tile(query, key, slice(at, min(at + TILE, first)), window) for at in range(0, first, TILE)]
         if first == self._queries:
             return masked
         clean = slice(first, self._queries)
