@@ -55,7 +55,7 @@ def test_the_ways_compute_the_same_loss_and_ours_fewer_products(checkpoint):
         assert other != pytest.approx(losses[OURS], rel=1e-5)
     rows = {way: sum(count for count, _ in own.products()) for way, own in ways.items()}
     assert rows[AR] == 2 * 32 * (7 * 3 + 1)  # a Llama layer has seven products
-    assert rows[AR] < rows[OURS] < 0.9 * rows[TEXTBOOK]
+    assert rows[AR] < rows[OURS] < 0.95 * rows[TEXTBOOK]
     before = ways[OURS].network.get_input_embeddings().weight.detach().clone()
     ways[OURS].step(0)
     assert not torch.equal(ways[OURS].network.get_input_embeddings().weight, before)
