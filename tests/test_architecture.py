@@ -15,9 +15,12 @@ ROOT = Path(blockdiff.__file__).parent
 # each layer may import the ones before it; modules of one layer as listed in SIDEWAYS only
 LAYERS = [
     {"rng", "files", "runtime", "layout", "distributions", "noise", "masks", "objectives", "reference", "decode"}
+    | {"cross_entropy"}
     | {"partitions", "masking", "ablations", "curriculum", "passes", "coverage", "statistics", "arithmetic"},
     {
         "attention",
+        "tiled",
+        "reading",
         "adapters",
         "model",
         "probe",
@@ -34,7 +37,7 @@ LAYERS = [
     {"cli_options", "cli_data", "cli_experiment", "cli_generate", "cli_bench", "cli", "__main__"},
 ]
 MATH = {"rng", "layout", "distributions", "noise", "masks", "objectives", "reference", "decode", "curriculum"}
-MATH |= {"coverage", "passes", "partitions", "masking", "ablations"}
+MATH |= {"coverage", "cross_entropy", "passes", "partitions", "masking", "ablations"}
 
 
 def modules() -> dict[str, set[str]]:

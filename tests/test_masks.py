@@ -64,17 +64,43 @@ def test_the_rule(alignment, clean_context, window):
 def test_tiles_are_the_dense_mask_without_what_nobody_sees(window, monkeypatch):
     monkeypatch.setattr(masks, "TILE", 8)
     tokens = stream_map(3, Alignment(), rows=3)
-    seen = Visibility(tokens, tokens, "context_causal")
+    assert touched_by_tiles(tokens, "context_causal", window) < 0.7
+
+
+@pytest.mark.parametrize("clean_context", ["context_causal", "block_causal"])
+@pytest.mark.parametrize("alignment", [Alignment(), Alignment("same"), Alignment("shift", "seed")])
+def test_rows_that_see_alike_share_a_mask_and_a_lone_document_is_plainly_causal(clean_context, alignment, monkeypatch):
+    monkeypatch.setattr(masks, "TILE", 8)
+    row = [Layout(1, (3, 5, 2, 7, 4, 4, 6))]
+    clean = TokenMap.from_layouts([row, row])
+    tokens = TokenMap.cat(clean.as_noisy()[:, 1:], clean)
+    tiles = Visibility(tokens, tokens, clean_context).tiles()
+    assert all(tile.mask is None or tile.mask.shape[0] == 1 for tile in tiles)
+    assert [tile.causal for tile in tiles].count(True) == (clean_context == "context_causal")
+    assert touched_by_tiles(tokens, clean_context, None) < 0.7
+    # twins: rows that differ have masks of their own, and two documents or a cached token are not plainly causal
+    for rows in ([row, [Layout(2, (3, 5, 2, 7, 4, 4, 5))]], [[*row, *row]], [[Layout(1, (3,))], row]):
+        other = TokenMap.from_layouts(rows)
+        tiles = Visibility(TokenMap.cat(other.as_noisy(), other), TokenMap.cat(other.as_noisy(), other), clean_context)
+        assert not any(tile.causal for tile in tiles.tiles()) or len(rows) == 2
+        assert len(rows) == 1 or any(t.mask is not None and t.mask.shape[0] == 2 for t in tiles.tiles())
+    assert not any(tile.causal for tile in Visibility(clean, TokenMap.cat(clean, clean), clean_context).tiles())
+
+
+def touched_by_tiles(tokens, clean_context, window):
+    """Checks that the tiles are the dense mask; returns the share of all pairs that they touch."""
+    seen = Visibility(tokens, tokens, clean_context)
     dense = seen.dense(window)
     rebuilt = torch.zeros_like(dense)
     touched = 0
     for tile in seen.tiles(window):
         keys = torch.cat([torch.arange(dense.shape[-1])[ks] for ks in tile.keys])
-        mask = torch.ones(1) if tile.mask is None else tile.mask
-        rebuilt[:, :, tile.queries, keys] = mask.expand(dense.shape[0], 1, -1, len(keys)).bool()
-        touched += (tile.queries.stop - tile.queries.start) * len(keys)
+        queries = tile.queries.stop - tile.queries.start
+        mask = torch.ones(queries, len(keys), dtype=torch.bool) if tile.mask is None else tile.mask
+        rebuilt[:, :, tile.queries, keys] = (mask.tril() if tile.causal else mask).expand(len(dense), 1, -1, -1)
+        touched += queries * len(keys) // (2 if tile.causal else 1)
     assert torch.equal(rebuilt, dense)
-    assert touched < 0.7 * dense[0, 0].numel()
+    return touched / dense[0, 0].numel()
 
 
 def test_additive_and_flex_are_the_same_rule():

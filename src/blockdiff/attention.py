@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from blockdiff import tiled
 from blockdiff.masks import Visibility
 
 Implementation = Literal["sdpa", "eager", "flex"]
@@ -54,13 +55,16 @@ class PagedVisibility(Protocol):
 def _sdpa(
     query: Tensor, key: Tensor, value: Tensor, seen: Visibility, window: int | None, scale: float, dropout: float
 ) -> Tensor:
+    if dropout == 0 and tiled.runs(query, key, value):
+        return tiled.attend(query, key, value, seen.tiles(window), scale)
     parts = [
         F.scaled_dot_product_attention(
             query[:, :, tile.queries],
-            _pick(key, tile.keys),
-            _pick(value, tile.keys),
+            tiled.pick(key, tile.keys),
+            tiled.pick(value, tile.keys),
             attn_mask=tile.mask,
             dropout_p=dropout,
+            is_causal=tile.causal,
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
@@ -118,12 +122,6 @@ def _flex_kernel(device: str) -> Any:
     return _flex_kernels[device]
 
 
-def _pick(tensor: Tensor, ranges: tuple[slice, ...]) -> Tensor:
-    if len(ranges) == 1:
-        return tensor[:, :, ranges[0]]
-    return torch.cat([tensor[:, :, keys] for keys in ranges], 2)
-
-
 def _registered(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
     """transformers' attention signature around one of our kernels: query [B, H, Q, D] ... -> [B, Q, H, D]."""
 
@@ -154,6 +152,8 @@ def _registered(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, No
             out = visibility.attend(layer, query, key, value, sliding_window, scale, softcap, s_aux)
             return out.transpose(1, 2).contiguous(), None
         visibility.note_layer(getattr(module, "layer_idx", None), sliding_window)
+        if visibility.held is not None:
+            key, value = visibility.held.exchange(key, value)
         if softcap is not None or s_aux is not None or visibility.attention is not None:  # no fused kernel has these
             out = eager_attention(query, key, value, visibility, sliding_window, scale, dropout, softcap, s_aux)
         else:

@@ -73,3 +73,41 @@ def bench_decode(
     if plot is not None:
         frontier_plot(rows, plot)
     write_result(json_file, record("bench decode", seed, model=path, data=str(data), areas=areas, rows=rows))
+
+
+@bench.command("train")
+def bench_train(
+    model: Annotated[str | None, typer.Option(help="Checkpoint; none: a random Llama of 8M parameters.")] = None,
+    lengths: Annotated[str, typer.Option(help="Comma-separated tokens of a row.")] = "512,1024,2048",
+    tokens: Annotated[int, typer.Option(help="Tokens of a step; rows follow from the length.", min=1)] = 4096,
+    batch: Annotated[int | None, typer.Option(help="Rows of a step, at every length, in place of --tokens.")] = None,
+    block_size: Annotated[str, typer.Option(help="Comma-separated block sizes.")] = "16",
+    draws: Annotated[int, typer.Option(help="Noise draws a pass of the last way; 1: leave it out.", min=1)] = 4,
+    rounds: Annotated[int, typer.Option(help="Counted rounds.", min=1)] = 5,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, each way in a process of its own.")] = True,
+    plot: Annotated[Path | None, typer.Option(help="Draw cost and memory over length (.png, .svg, .pdf).")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Training steps: ours and the textbook two-stream step against the AR step of the same Hugging Face model."""
+    from rich.progress import Progress as Bar
+
+    from blockdiff.bench import Case
+    from blockdiff.bench import bench_train as measure
+    from blockdiff.bench.costs import cost_plot, cost_table
+    from blockdiff.runtime import record, use_available_threads
+
+    use_available_threads()
+    if batch is not None and batch < 1:
+        raise ValueError("--batch: give 1 row or more")
+    cases = [
+        Case(length, batch or max(1, tokens // length), size, draws, model)
+        for size in whole_numbers(block_size, "--block-size")
+        for length in whole_numbers(lengths, "--lengths")
+    ]
+    with Bar(console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("training", total=1.0)
+        rows = measure(cases, rounds=rounds, memory=memory, on_progress=lambda done: bar.update(task, completed=done))
+    out.print(cost_table(rows))
+    if plot is not None:
+        cost_plot(rows, plot)
+    write_result(json_file, record("bench train", 0, model=model or "random llama, 8M parameters", rows=rows))

@@ -18,7 +18,7 @@ Shapes: B rows, Q queries, K keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -84,13 +84,48 @@ class AttentionSums:
         self.total = probability[..., -queries:].mean(1).sum(1)
 
 
+class KeysTaken(Exception):
+    """A layer has given its keys and values, which is all that was wanted of it."""
+
+
+@dataclass
+class KeysAndValues:
+    """Takes the keys and values [B, G, K, D] of the first layer that runs (which ends there, with `KeysTaken`) and
+    holds them for queries that come later."""
+
+    key: Tensor | None = None
+    value: Tensor | None = None
+
+    def exchange(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Hold a layer's keys and values, or give those held in their place."""
+        if self.key is None or self.value is None:
+            self.key, self.value = key, value
+            raise KeysTaken
+        return self.key, self.value
+
+
 @dataclass(frozen=True)
 class Tile:
-    """Some queries, the ranges of keys that any of them sees, and their mask [B, 1, queries, keys] (None: sees all)."""
+    """Some queries, the ranges of keys that any of them sees, and their mask.
+
+    mask [B, 1, queries, keys], or [1, ...] where all rows see alike; None: everybody sees everything, or, in a `causal`
+    tile, the queries are the keys and each sees itself and those before it.
+    """
 
     queries: slice
     keys: tuple[slice, ...]
     mask: Tensor | None
+    causal: bool = False
+    _cache: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def additive(self, dtype: torch.dtype) -> Tensor | None:
+        """The mask as what is added to scores: 0 where visible, -inf elsewhere."""
+        if self.mask is None:
+            return None
+        if dtype not in self._cache:
+            zero = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
+            self._cache[dtype] = zero.masked_fill_(~self.mask, -torch.inf)
+        return self._cache[dtype]
 
 
 @dataclass(frozen=True)
@@ -108,12 +143,18 @@ class Visibility:
     windows: dict[int, int | None] = field(default_factory=dict, repr=False, compare=False)
     annealing: Annealing | None = None
     attention: AttentionSums | None = None
+    held: KeysAndValues | None = None
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def note_layer(self, layer: int | None, window: int | None) -> None:
         """Called by the attention function: layer `layer` saw this mask, with its own sliding window."""
         if layer is not None:
             self.windows[layer] = window
+
+    def holding(self, held: KeysAndValues, slots: Tensor | None = None) -> Visibility:
+        """The same rule for a layer whose keys and values come from `held`, its queries being `slots` [B, S] alone."""
+        query = self.query if slots is None else self.query.take(slots)
+        return replace(self, query=query, held=held, _cache={})
 
     def dense(self, window: int | None = None) -> Tensor:
         """Boolean mask [B, 1, Q, K], True = visible: the reading of `scaled_dot_product_attention`."""
@@ -130,7 +171,7 @@ class Visibility:
         A two-stream pass sees about a quarter of its key pairs; the tiles never touch the rest, and no Q x K mask
         exists as a whole.
         """
-        return self._once(("tiles", window), lambda: [self._tile(at, window) for at in range(0, self._queries, TILE)])
+        return self._once(("tiles", window), lambda: self._tiles(window))
 
     def block_mask(self, window: int | None = None) -> Any:
         """FlexAttention BlockMask of the same rule."""
@@ -190,13 +231,65 @@ class Visibility:
         query, key = self.query[:, queries, None], self.key[:, None, :]
         return visible(query, key, self.clean_context, window, self.annealing)
 
-    def _tile(self, at: int, window: int | None) -> Tile:
-        queries = slice(at, min(at + TILE, self._queries))
-        allowed = self._rows(queries, window)
-        seen = allowed.any(0).any(0).nonzero()[:, 0]
+    def _tiles(self, window: int | None) -> list[Tile]:
+        alike = self._rows_are_alike()
+        query, key = (self.query[:1], self.key[:1]) if alike else (self.query, self.key)
+        first = self._queries if window is not None else self._causal_from(query)
+        masked = [self._tile(query, key, slice(at, min(at + TILE, first)), window) for at in range(0, first, TILE)]
+        if first == self._queries:
+            return masked
+        clean = slice(first, self._queries)
+        return [*masked, Tile(clean, (clean,), None, causal=True)]
+
+    def _rows_are_alike(self) -> bool:
+        """Whether all rows are one row with other document numbers."""
+        if self.annealing is not None:
+            return False
+        for tokens in (self.query, self.key):
+            doc = torch.where(tokens.doc >= 0, tokens.doc - self.key.doc[:, :1], -1)
+            parts = (doc, tokens.position, tokens.block, tokens.start, tokens.noisy)
+            if any(bool((part != part[:1]).any()) for part in parts):
+                return False
+        return True
+
+    def _causal_from(self, query: TokenMap) -> int:
+        """The first query of the clean stream where that is, in every row, one document from its first token on whose
+        tokens see it causally, and nothing cached; the number of queries where it is not."""
+        nowhere = self._queries
+        clean = ~query.noisy
+        first = int(query.noisy.sum(1).max())
+        span = query[:, first:]
+        if self.clean_context != "context_causal" or first == nowhere or not bool(clean[:, first:].all()):
+            return nowhere
+        if bool(clean[:, :first].any()) or self.key is not self.query:
+            return nowhere
+        place = torch.arange(nowhere - first, device=span.doc.device)
+        one = (span.doc == span.doc[:, :1]) & (span.position == place)
+        return first if bool(one.all()) else nowhere
+
+    def _tile(self, query: TokenMap, key: TokenMap, queries: slice, window: int | None) -> Tile:
+        query = query[:, queries]
+        candidates = _candidates(query, key)
+        near = key[:, candidates]
+        allowed = visible(query[:, :, None], near[:, None, :], self.clean_context, window, self.annealing)
+        used = allowed.any(0).any(0)
+        allowed, seen = allowed[:, :, used], candidates[used]
         jumps = (seen[1:] - seen[:-1] > TILE // 2).nonzero()[:, 0].tolist()
         firsts = seen[[0, *(j + 1 for j in jumps)]].tolist()
         lasts = seen[[*jumps, len(seen) - 1]].tolist()
         keys = tuple(slice(first, last + 1) for first, last in zip(firsts, lasts, strict=True))
-        mask = torch.cat([allowed[:, :, ks] for ks in keys], -1)
-        return Tile(queries, keys, None if bool(mask.all()) else mask[:, None].contiguous())
+        columns = torch.cat([torch.arange(ks.start, ks.stop, device=seen.device) for ks in keys])
+        if len(columns) > len(seen):  # keys between two seen ones, which nobody sees
+            mask = allowed.new_zeros(*allowed.shape[:2], len(columns))
+            mask[:, :, torch.searchsorted(columns, seen)] = allowed
+            allowed = mask
+        return Tile(queries, keys, None if bool(allowed.all()) else allowed[:, None].contiguous())
+
+
+def _candidates(query: TokenMap, key: TokenMap) -> Tensor:
+    """Columns of the keys that some query may see, by comparisons with the queries' extremes alone: int64 [C]."""
+    low, high = query.doc.amin(1, keepdim=True), query.doc.amax(1, keepdim=True)
+    block = (key.block >= query.block.amin(1, keepdim=True)) & (key.block <= query.block.amax(1, keepdim=True))
+    behind = key.position <= query.position.amax(1, keepdim=True)
+    fits = torch.where(key.noisy, block, behind | block | (low != high))
+    return ((key.doc >= low) & (key.doc <= high) & fits).any(0).nonzero()[:, 0]

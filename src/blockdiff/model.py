@@ -24,10 +24,12 @@ from blockdiff import distributions, noise
 from blockdiff.adapters import Adapter, AttachedAdapter
 from blockdiff.attention import NAMES, Implementation, PagedVisibility, UnsupportedModel
 from blockdiff.coverage import SpanShare
+from blockdiff.cross_entropy import cross_entropy, linear_cross_entropy
 from blockdiff.files import replace_directory
 from blockdiff.layout import TokenMap
 from blockdiff.masks import CLEAN_CONTEXTS, Annealing, AttentionSums, CleanContext, Visibility
 from blockdiff.objectives import Alignment
+from blockdiff.reading import Reading
 
 SPEC_FILE = "block_diffusion.json"
 FORMAT = 1
@@ -169,9 +171,8 @@ class BlockDiffusionModel(nn.Module):
         self.windows: dict[int, int | None] = {}
         self.notes: list[str] = []
         self.adapter: AttachedAdapter | None = None
-        self._read: Tensor | None = None
+        self.reading = Reading(backbone, head)
         self._blend: tuple[Tensor, Tensor] | None = None
-        head.register_forward_pre_hook(self._keep_read_rows)
         backbone.get_input_embeddings().register_forward_hook(self._blended)
         backbone.set_attn_implementation(NAMES[implementation])
         self.train(backbone.training)
@@ -214,34 +215,37 @@ class BlockDiffusionModel(nn.Module):
         tokens: TokenMap,
         *,
         read: Tensor | None = None,
+        target: Tensor | None = None,
         past: Past | None = None,
         keep: bool | int = False,
         annealing: Annealing | None = None,
         blend: tuple[Tensor, Tensor] | None = None,
         attention: AttentionSums | None = None,
     ) -> Tensor:
-        """Logits of one pass.
+        """Logits of one pass, or losses.
 
         ids [B, T] with their token map. read [R] picks rows of the flattened [B * T] logits (None: all of them), so
-        the head runs only where somebody looks. past holds earlier clean tokens; with `keep` the tokens of this pass
+        the head and the last layer run only where somebody looks. target [R]: the result is the cross-entropy of these
+        tokens (`objectives.token_losses`) and not the logits, which then need not exist all at once.
+        past holds earlier clean tokens; with `keep` the tokens of this pass
         join it (a commit), or its first `keep` ones. `annealing` narrows the rule (a training
         baseline, not for frozen adapters).
         blend: token ids and weights [B, T, K] whose embeddings take the place of that much of a token's own; attention:
-        collects how much every token is looked at. Returns [R, V] (or [B * T, V]); the [MASK] column is -inf.
+        collects how much every token is looked at. Returns [R, V] (or [B * T, V]), the [MASK] column -inf, or [R].
         """
         keep = ids.shape[1] if keep is True else int(keep)
         if self.adapter is not None and self.adapter.frozen:
             noisy = int(tokens.noisy[0].sum())
             if not noisy:
-                return self._unadapted_pass(ids, tokens, read, past, keep)
+                return self._unadapted_pass(ids, tokens, read, target, past, keep)
             if noisy < ids.shape[1]:
                 if past is None:
-                    return self._frozen_pass(ids, tokens, noisy, read)
+                    return self._frozen_pass(ids, tokens, noisy, read, target)
                 with self.adapter.after(ids.shape[1] - noisy):
-                    return self._pass(ids, tokens, read, past, keep)
+                    return self._pass(ids, tokens, read, target, past, keep)
         self._blend = blend
         try:
-            return self._pass(ids, tokens, read, past, keep, annealing, attention)
+            return self._pass(ids, tokens, read, target, past, keep, annealing, attention)
         finally:
             self._blend = None
 
@@ -261,14 +265,14 @@ class BlockDiffusionModel(nn.Module):
         adapted: AbstractContextManager[None] = nullcontext()
         if self.adapter is not None and self.adapter.frozen and streams != "noisy":
             adapted = self.adapter.off() if streams == "clean" else self.adapter.after(clean)
-        self._read, self._blend = read, None if blend is None else (blend[0][None], blend[1][None])
+        self._blend = None if blend is None else (blend[0][None], blend[1][None])
         try:
-            with adapted:
+            with adapted, self.reading.only(read, ids[None].shape, narrow=False):
                 output = self.backbone(
                     input_ids=ids[None], position_ids=position[None], use_cache=False, visibility=visibility
                 )
         finally:
-            self._read = self._blend = None
+            self._blend = None
         logits: Tensor = output.logits
         return logits[0]
 
@@ -278,7 +282,9 @@ class BlockDiffusionModel(nn.Module):
             raise UnsupportedModel("adapter: a plain AR checkpoint has no [MASK] row to adapt; load it with add_mask")
         self.adapter = AttachedAdapter(self.backbone, settings, self.spec.mask_id)
 
-    def _frozen_pass(self, ids: Tensor, tokens: TokenMap, noisy: int, read: Tensor | None) -> Tensor:
+    def _frozen_pass(
+        self, ids: Tensor, tokens: TokenMap, noisy: int, read: Tensor | None, target: Tensor | None
+    ) -> Tensor:
         """[noisy ; clean] in two: the clean stream without the adapter and its gradient, then the noisy one over it.
 
         Neither calls `forward`: accelerate wraps that in one autocast, which does not end when it is entered twice.
@@ -289,27 +295,35 @@ class BlockDiffusionModel(nn.Module):
         from_clean = column >= noisy
         past = Past()
         read_clean, read_noisy = row * (width - noisy) + column - noisy, row * noisy + column
+        of_clean, of_noisy = (None if target is None else target[rows] for rows in (from_clean, ~from_clean))
         clean = self._unadapted_pass(
-            ids[:, noisy:], tokens[:, noisy:], read_clean[from_clean], past, ids.shape[1] - noisy
+            ids[:, noisy:], tokens[:, noisy:], read_clean[from_clean], of_clean, past, width - noisy
         )
-        denoised = self._pass(ids[:, :noisy], tokens[:, :noisy], read_noisy[~from_clean], past, 0)
-        logits = torch.empty(len(read), denoised.shape[1], dtype=denoised.dtype, device=denoised.device)
+        denoised = self._pass(ids[:, :noisy], tokens[:, :noisy], read_noisy[~from_clean], of_noisy, past, 0)
+        result = torch.empty(len(read), *denoised.shape[1:], dtype=denoised.dtype, device=denoised.device)
         places = torch.arange(len(read), device=read.device)
-        logits = logits.index_copy(0, places[from_clean], clean)
-        return logits.index_copy(0, places[~from_clean], denoised)
+        result = result.index_copy(0, places[from_clean], clean)
+        return result.index_copy(0, places[~from_clean], denoised)
 
     def _unadapted_pass(
-        self, ids: Tensor, tokens: TokenMap, read: Tensor | None, past: Past | None, keep: int
+        self,
+        ids: Tensor,
+        tokens: TokenMap,
+        read: Tensor | None,
+        target: Tensor | None,
+        past: Past | None,
+        keep: int,
     ) -> Tensor:
         assert self.adapter is not None
         with self.adapter.off(), torch.no_grad():
-            return self._pass(ids, tokens, read, past, keep)
+            return self._pass(ids, tokens, read, target, past, keep)
 
     def _pass(
         self,
         ids: Tensor,
         tokens: TokenMap,
         read: Tensor | None,
+        target: Tensor | None,
         past: Past | None,
         keep: int,
         annealing: Annealing | None = None,
@@ -317,8 +331,9 @@ class BlockDiffusionModel(nn.Module):
     ) -> Tensor:
         key = tokens if past is None or past.tokens is None else TokenMap.cat(past.tokens, tokens)
         visibility = Visibility(tokens, key, self.spec.clean_context, self.windows, annealing, attention)
-        self._read = read
-        try:
+        fused = target is not None and self.reading.plain_head
+        whole = past is not None or attention is not None or self._checkpoints
+        with self.reading.only(read, ids.shape, narrow=not whole, stop=fused):
             output = self.backbone(
                 input_ids=ids,
                 position_ids=tokens.position,
@@ -326,17 +341,24 @@ class BlockDiffusionModel(nn.Module):
                 use_cache=past is not None,
                 visibility=visibility,
             )
-        finally:
-            self._read = None
+            hidden = self.reading.hidden if fused else None
         if past is not None:
             if keep:
                 past.tokens = key if keep == ids.shape[1] else key[:, : key.shape[1] - ids.shape[1] + keep]
             if keep < ids.shape[1]:
                 past.cache.crop(keep - ids.shape[1])
+        if hidden is not None and target is not None:
+            head: Any = self.reading.head
+            return linear_cross_entropy(hidden, head.weight, head.bias, target, self.spec.mask_id)
         logits: Tensor = output.logits.flatten(0, 1)
         if self.spec.mask_id is not None:
             logits[:, self.spec.mask_id] = -torch.inf
-        return logits
+        return logits if target is None else cross_entropy(logits, target)
+
+    @property
+    def _checkpoints(self) -> bool:
+        """Whether layers run again in the backward: the last one then cannot stop at its keys."""
+        return self.training and bool(getattr(self.reading.last_layer, "gradient_checkpointing", False))
 
     def save(self, path: str | Path) -> None:
         """Write a Hugging Face directory and `block_diffusion.json`, replacing `path` in one step."""
@@ -352,12 +374,6 @@ class BlockDiffusionModel(nn.Module):
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
         (directory / SPEC_FILE).write_text(json.dumps(self.spec.to_json(), indent=2) + "\n")
-
-    def _keep_read_rows(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if self._read is None:
-            return None
-        hidden, *rest = inputs
-        return (hidden.flatten(0, 1)[self._read][None], *rest)
 
     def _blended(self, embedding: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if self._blend is None:

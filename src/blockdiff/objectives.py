@@ -28,8 +28,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from blockdiff.cross_entropy import cross_entropy
 from blockdiff.layout import TokenMap
 from blockdiff.masking import Corruption
 
@@ -194,8 +194,7 @@ def two_streams(
 
 def token_losses(logits: Tensor, reads: Reads) -> Tensor:
     """Cross-entropy of every read, unweighted, in at least float32: logits [R, V] -> [R]."""
-    precise = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(precise, reads.target, reduction="none")
+    return cross_entropy(logits, reads.target)
 
 
 def score(losses: Tensor, reads: Reads, tokens: TokenMap, documents: int) -> Terms:

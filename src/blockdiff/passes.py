@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from blockdiff.ablations import noisy_prefix, visible_suffix, with_suffix
 from blockdiff.curriculum import Growth
@@ -27,7 +27,6 @@ from blockdiff.objectives import (
     maskable,
     one_active,
     score,
-    token_losses,
     two_streams,
 )
 
@@ -64,7 +63,7 @@ class Objective:
 
     def terms(
         self,
-        model: nn.Module,
+        model: Callable[..., Tensor],
         batch: dict[str, Tensor],
         alignment: Alignment,
         mask_id: int,
@@ -102,15 +101,15 @@ class Objective:
             with_ar=self.ar_weight > 0,
             shown=(noisy_ids, clean_ids),
         )
-        logits = model(stream.ids, stream.tokens, read=stream.reads.index, annealing=annealing)
-        losses = token_losses(logits, stream.reads)
+        reads = stream.reads
+        losses = model(stream.ids, stream.tokens, read=reads.index, target=reads.target, annealing=annealing)
         if observe is not None:
             at = 0
             for draw in draws:
                 count = int(draw.masked.sum())
                 observe(draw, losses[at : at + count], block)
                 at += count
-        terms = score(losses, stream.reads, tokens, documents)
+        terms = score(losses, reads, tokens, documents)
         return replace(terms, blocks=terms.blocks * blocks, ar=terms.ar * blocks)
 
     def _noise(self, block: Tensor, generator: Generator) -> list[Corruption]:

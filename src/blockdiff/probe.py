@@ -8,6 +8,8 @@ that our attention computes what the model's own does, and that a cached pass eq
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +34,8 @@ def probe(model: BlockDiffusionModel) -> list[str]:
         _check_influence(model, influence, tokens)
         _check_own_attention(model)
         _check_cache(model)
+        model.reading.plain_head = _has_plain_head(model)
+        model.reading.narrows = _narrows(model)
     finally:
         model.train(was_training)
     return _window_notes(model)
@@ -126,6 +130,41 @@ def _check_cache(model: BlockDiffusionModel) -> None:
             f"{model.backbone.config.model_type}: decoding from a cache differs from a full pass "
             f"by {away:.2g} standard deviations"
         )
+
+
+def _has_plain_head(model: BlockDiffusionModel) -> bool:
+    """Whether the logits are the head's output alone, seen on hidden states large enough to meet any soft cap."""
+    head: Any = model.reading.head
+    if type(head) is not nn.Linear:
+        return False
+    rows = 1e3 * torch.randn(3, head.in_features, generator=torch.Generator().manual_seed(3)).to(head.weight)
+
+    def feed(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (rows[None], *inputs[1:])
+
+    hook = head.register_forward_pre_hook(feed)
+    try:
+        tokens = TokenMap.from_layouts([[Layout(3, ())]]).to(model.device)
+        got = model(torch.zeros_like(tokens.doc), tokens)
+    finally:
+        hook.remove()
+    return bool(_distance(model, got, head(rows)) < _tolerance(model))
+
+
+def _narrows(model: BlockDiffusionModel) -> bool:
+    """Whether the last layer, run for some rows alone, gives what it gives in a whole pass."""
+    clean = TokenMap.from_layouts([[_LAYOUT], [Layout(1, (2, 4, 1))]])
+    tokens = TokenMap.cat(clean.as_noisy()[:, _LAYOUT.prompt :], clean).to(model.device)
+    length = tokens.shape[1]
+    ids = torch.randint(model.vocabulary, tokens.shape, generator=torch.Generator().manual_seed(4)).to(model.device)
+    read = torch.tensor([3, 1, length - 2, 2 * length - 1, 3], device=model.device)
+    expected = model(ids, tokens)[read]
+    model.reading.narrows = True
+    try:
+        got = model(ids, tokens, read=read)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return False
+    return got.shape == expected.shape and bool(_distance(model, got, expected) < _tolerance(model))
 
 
 def _distance(model: BlockDiffusionModel, got: Tensor, expected: Tensor) -> float:

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, permutations
 from math import comb, exp, log
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from blockdiff.layout import Layout
-from blockdiff.masks import CleanContext
+from blockdiff.cross_entropy import cross_entropy
+from blockdiff.layout import Layout, TokenMap
+from blockdiff.masks import CleanContext, visible
 from blockdiff.objectives import Alignment
 
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -32,6 +34,25 @@ class Block:
     prefix: tuple[int, ...]
     parts: tuple[int, ...]
     tokens: tuple[int, ...]
+
+
+def textbook(network: Callable[..., Any], clean_context: CleanContext, mask_id: int | None) -> Callable[..., Tensor]:
+    """A network under the textbook two-stream step, called as `BlockDiffusionModel` is when it trains.
+
+    One dense mask [B, 1, T, T] is handed to the network's own attention, and every slot has its logits (BD3-LM's way,
+    arXiv 2503.09573, and that of the public implementations). For networks without sliding windows, whose attention
+    takes a boolean mask (transformers' `sdpa`).
+    """
+
+    def losses(ids: Tensor, tokens: TokenMap, *, read: Tensor, target: Tensor, annealing: Any = None) -> Tensor:
+        sees = visible(tokens[:, :, None], tokens[:, None, :], clean_context, annealing=annealing)[:, None]
+        output = network(input_ids=ids, position_ids=tokens.position, attention_mask=sees, use_cache=False)
+        logits = output.logits
+        if mask_id is not None:
+            logits = logits.index_fill(-1, torch.tensor([mask_id], device=ids.device), -torch.inf)
+        return cross_entropy(logits.flatten(0, 1)[read], target)
+
+    return losses
 
 
 def blocks(ids: Sequence[int], layout: Layout) -> Iterator[Block]:

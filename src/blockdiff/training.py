@@ -40,7 +40,7 @@ from blockdiff.explain import draw_example
 from blockdiff.files import write_json, write_text
 from blockdiff.model import BlockDiffusionModel
 from blockdiff.passes import Objective, Schedule
-from blockdiff.runtime import record, use_available_threads
+from blockdiff.runtime import keep_freed_memory, record, use_available_threads
 from blockdiff.trainer import BlockDiffusionTrainer, MetricsFile, last_checkpoint
 
 Say = Callable[[str], None]
@@ -113,6 +113,7 @@ def train(
     where the output already holds a run and neither `resume` nor `overwrite` is given.
     """
     use_available_threads()
+    keep_freed_memory()
     processes = PartialState(cpu=not torch.cuda.is_available())
     if not processes.is_main_process:
         say = _silent

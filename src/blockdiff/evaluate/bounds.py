@@ -29,7 +29,7 @@ from blockdiff.layout import Spans, TokenMap
 from blockdiff.masking import Corruption, place_in_block, subset
 from blockdiff.model import BlockDiffusionModel
 from blockdiff.noise import ExactCount
-from blockdiff.objectives import FIRST, Alignment, block_numbers, maskable, token_losses, two_streams
+from blockdiff.objectives import FIRST, Alignment, block_numbers, maskable, two_streams
 from blockdiff.rng import uniform
 
 _TOKEN, _BLOCK = 3, 4  # purposes of random numbers
@@ -207,7 +207,7 @@ class _Measurement:
         for number in range(self.passes):
             corruption = self._corruption(block, keys, number)
             stream = two_streams(ids, tokens, corruption, self.alignment, self.model.spec.mask_id or 0)
-            losses = token_losses(self.model(stream.ids, stream.tokens, read=stream.reads.index), stream.reads)
+            losses = self.model(stream.ids, stream.tokens, read=stream.reads.index, target=stream.reads.target)
             weight = stream.reads.weight
             firsts = stream.reads.kind == FIRST
             if self.exact and number > 0:  # first tokens are the same in every pass
