@@ -207,9 +207,8 @@ def test_checkpointed_activations_change_nothing(tmp_path):
     for checkpointing in (False, True):
         folder = tmp_path / str(checkpointing)
         folder.mkdir()
-        runs.append(
-            train(make_config(tiny_config(folder, train={"steps": 4, "gradient_checkpointing": checkpointing})))
-        )
+        settings = {"steps": 4, "gradient_checkpointing": checkpointing}
+        runs.append(train(make_config(tiny_config(folder, model={"dtype": "float64"}, train=settings))))
     a, b = (weights(run.path) for run in runs)
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=1e-6, rtol=1e-5)
