@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -94,18 +95,18 @@ class Policy:
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"policy: max_steps {self.max_steps} allows no step; give 1 or more")
 
-    @property
+    @cached_property
     def parts(self) -> tuple[Part, ...]:
         optional = (self.region, self.soft, self.planner, self.reviser, self.search, self.refine)
         present = tuple(part for part in optional if part is not None)
         return (self.score, *self.modifiers, *self.counts, *self.logits, *present)
 
-    @property
+    @cached_property
     def needs(self) -> frozenset[str]:
         """What the engine must supply beyond logits."""
         return frozenset().union(*(part.needs for part in self.parts))
 
-    @property
+    @cached_property
     def reads_masked(self) -> bool:
         """Whether the logits of masked positions are all that a step reads."""
         return not any(part.everywhere for part in self.parts)

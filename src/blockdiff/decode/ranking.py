@@ -26,10 +26,9 @@ class Ranking:
 
     @staticmethod
     def of(score: Tensor, eligible: Tensor) -> Ranking:
-        score = torch.where(eligible, score, -torch.inf)
         # eligible slots first even where their own score is -inf
+        score = torch.where(eligible, score.clamp(min=torch.finfo(score.dtype).min), -torch.inf)
         order = torch.argsort(score, dim=-1, descending=True, stable=True)
-        order = order.gather(-1, torch.argsort((~eligible).gather(-1, order).to(torch.uint8), dim=-1, stable=True))
         places = torch.arange(score.shape[-1], device=score.device).expand_as(order)
         return Ranking(eligible, score, order, torch.empty_like(order).scatter_(-1, order, places))
 
