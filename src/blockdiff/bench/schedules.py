@@ -29,7 +29,7 @@ from blockdiff.bench.textbook import decode_blocks
 from blockdiff.decode import Policy
 from blockdiff.decode.counts import Fixed
 from blockdiff.engine import Engine, Limits, Request
-from blockdiff.engine.engine import pages_for
+from blockdiff.engine.engine import limits_for
 from blockdiff.engine.network import prepared
 
 HUGGING_FACE, TEXTBOOK, AR = "hf generate", "textbook", "ours, AR"
@@ -117,9 +117,8 @@ def _ways(
         requests = [Request(tuple(row.tolist()), new, block_size, policy) for row in prompts]
 
         def write() -> tuple[int, float]:
-            limits = Limits()
             model = models[boundary]
-            engine = Engine(model, Limits(pages=pages_for(model, requests, limits)))
+            engine = Engine(model, limits_for(model, requests, Limits()))
             with prepared(model):
                 jobs = [engine.add(request) for request in requests]
                 while engine.busy:

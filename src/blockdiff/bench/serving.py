@@ -19,7 +19,7 @@ from typing import Any
 from blockdiff.api import Model
 from blockdiff.decode import Sampling, parse
 from blockdiff.engine import Engine, Job, Limits, Request
-from blockdiff.engine.engine import pages_for
+from blockdiff.engine.engine import limits_for
 from blockdiff.engine.network import prepared
 
 ALONE, TOGETHER, ARRIVING = "one at a time", "together", "arriving"
@@ -57,7 +57,7 @@ def bench_serve(
     on_progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """A row for every way: tokens a second, its ratio to one at a time, and how long requests took and waited."""
-    limits = limits or Limits(pages=pages_for(model, requests, Limits()))
+    limits = limits or limits_for(model, requests, Limits())
     ways = {ALONE: replace(limits, requests=1), TOGETHER: limits, ARRIVING: limits}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     last: dict[str, _Served] = {}

@@ -37,7 +37,8 @@ from blockdiff.model import BlockDiffusionModel
 class Limits:
     """pages of page_size tokens: the memory for keys and values; clean_tokens: of prompts and blocks, in one pass;
     requests: served at once; fused: finished blocks are committed in their successor's first pass, where that is exact;
-    sharing: texts that begin alike share pages."""
+    sharing: texts that begin alike share pages; text_pages: every text gets so many pages at once, so that texts lie at
+    equal distances and one call of attention reads them all (0: as many as its next block needs)."""
 
     pages: int = 4096
     page_size: int = 16
@@ -45,6 +46,7 @@ class Limits:
     requests: int = 256
     fused: bool = True
     sharing: bool = True
+    text_pages: int = 0
 
 
 @dataclass
@@ -75,14 +77,24 @@ def slots_for_block(request: Request, length: int) -> int:
 
 def slots_of(model: BlockDiffusionModel, request: Request, page_size: int) -> int:
     """Slots that a request may come to need."""
-    texts = (request.policy.search.count if request.policy.search else 1) * (1 + Kind.of(model, request).guided)
     end = min(len(request.prompt) + request.max_new_tokens, model.context_length)
-    return texts * (slots_for_block(request, end) + page_size)
+    return texts_of(model, request) * (slots_for_block(request, end) + page_size)
 
 
-def pages_for(model: BlockDiffusionModel, requests: Sequence[Request], limits: Limits) -> int:
-    """Pages that all these requests need at once."""
-    return sum(-(-slots_of(model, request, limits.page_size) // limits.page_size) for request in requests)
+def texts_of(model: BlockDiffusionModel, request: Request) -> int:
+    """Texts that a request is: its particles, each with an unconditional twin where it is guided."""
+    return (request.policy.search.count if request.policy.search else 1) * (1 + Kind.of(model, request).guided)
+
+
+def limits_for(model: BlockDiffusionModel, requests: Sequence[Request], limits: Limits) -> Limits:
+    """These limits with the pages that all the requests need at once: as many for every text, unless lengths differ so
+    much that this would take twice the memory."""
+    pages = [-(-slots_of(model, request, limits.page_size) // limits.page_size) for request in requests]
+    texts = [texts_of(model, request) for request in requests]
+    most = max(-(-count // own) for count, own in zip(pages, texts, strict=True))
+    if most * sum(texts) <= 2 * sum(pages):
+        return replace(limits, pages=most * sum(texts), text_pages=most)
+    return replace(limits, pages=sum(pages))
 
 
 class Engine:
@@ -213,10 +225,12 @@ class Engine:
         # the last token is always read: its logits, or the block behind it, are wanted
         shared = self.pages.adopt(entry.table, marks[:-1]) if self.limits.sharing and not guided else 0
         try:
-            self.pages.reserve(entry.table, slots_for_block(entry.request, len(entry.tokens)))
+            slots, whole = slots_for_block(entry.request, len(entry.tokens)), self.limits.text_pages
+            slots = max(slots, whole * self.limits.page_size)
+            self.pages.reserve(entry.table, slots, packed=whole > 0)
             if guided:
                 entry.shadow = Table()
-                self.pages.reserve(entry.shadow, slots_for_block(entry.request, len(entry.tokens)))
+                self.pages.reserve(entry.shadow, slots, packed=whole > 0)
         except OutOfPages:
             self._release(entry)
             return False

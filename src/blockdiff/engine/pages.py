@@ -78,8 +78,9 @@ class Pages:
         """Put keys and values [T, G, D] into the memory's slots [T]; returns the layer's memory [slots, G, D]."""
         if layer not in self.keys:
             shape = (self.count * self.size, *key.shape[1:])
-            self.keys[layer] = torch.empty(shape, dtype=key.dtype, device=key.device)
-            self.values[layer] = torch.empty((*shape[:2], value.shape[2]), dtype=value.dtype, device=value.device)
+            # zeros, since what a mask hides is still multiplied, and 0 times a chance NaN would be NaN
+            self.keys[layer] = torch.zeros(shape, dtype=key.dtype, device=key.device)
+            self.values[layer] = torch.zeros((*shape[:2], value.shape[2]), dtype=value.dtype, device=value.device)
         keys, values = self.keys[layer], self.values[layer]
         keys.index_copy_(0, slots, key)
         values.index_copy_(0, slots, value)
@@ -109,11 +110,17 @@ class Pages:
         """Pages that texts hold."""
         return sum(count > 0 for count in self.references)
 
-    def reserve(self, table: Table, slots: int) -> None:
-        """Give a text pages for so many slots in all. Raises OutOfPages, and changes nothing, where there are none."""
+    def reserve(self, table: Table, slots: int, *, packed: bool = False) -> None:
+        """Give a text pages for so many slots in all. Raises OutOfPages, and changes nothing, where there are none.
+
+        packed: it will not grow beyond them, so that the next text may lie right behind."""
         wanted = -(-slots // self.size) - len(table.pages)
         if wanted > 0 and wanted > self.free and wanted > self.available:
             raise OutOfPages
+        if packed and wanted > 0 and (start := self._hole(wanted)) is not None:
+            table.run = table.run and (not table.pages or start == table.pages[-1] + 1)
+            table.pages.append(self._take(start))
+            wanted -= 1
         for _ in range(wanted):
             page = self._take(table.pages[-1] + 1 if table.pages else None)
             table.run = table.run and (not table.pages or page == table.pages[-1] + 1)
@@ -166,6 +173,15 @@ class Pages:
                     best, length = start, page - start
                 start = None
         return best if best == 0 else best + length // 2
+
+    def _hole(self, wanted: int) -> int | None:
+        """The first page of the first hole of so many; None where there is none."""
+        length = 0
+        for page, free in enumerate(self._free):
+            length = length + 1 if free else 0
+            if length == wanted:
+                return page - wanted + 1
+        return None
 
     def _evict(self) -> None:
         """Forget the filed page that was unused for longest."""

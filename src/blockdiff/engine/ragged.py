@@ -86,6 +86,48 @@ class Piece:
         return TokenMap(torch.zeros_like(place), place, first, first, no, ~no if self.noisy else no)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What one call of attention reads: `rows` pieces of `count` tokens each, packed from token `first` on.
+
+    Keys lie in slots base .. base + reach of the memory, for each further row `stride` slots on; or (index) anywhere.
+    """
+
+    first: int
+    count: int
+    reach: int
+    pieces: Sequence[Piece]
+    base: int = 0
+    stride: int = 0
+    index: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return len(self.pieces)
+
+    def of(self, memory: Tensor) -> Tensor:
+        """Keys or values [rows, G, reach, D] out of [slots, G, D]."""
+        if self.index is not None:
+            return memory[self.index].transpose(0, 1)[None]
+        if self.rows == 1:
+            return memory[self.base : self.base + self.reach].transpose(0, 1)[None]
+        slot, head, one = memory.stride()
+        shape = (self.rows, memory.shape[1], self.reach, memory.shape[2])
+        return memory.as_strided(shape, (self.stride * slot, head, slot, one), self.base * slot)
+
+    def mask(self, window: int | None, context: CleanContext, device: torch.device) -> Tensor | None:
+        """Bool [rows or 1, 1, q, reach]; None where everything is visible."""
+        masks = [piece.mask(window, context, device) for piece in self.pieces]
+        if self.rows == 1:
+            return masks[0]
+        if all(mask is None and piece.reach == self.reach for mask, piece in zip(masks, self.pieces, strict=True)):
+            return None
+        whole = torch.zeros(self.rows, 1, self.count, self.reach, dtype=torch.bool, device=device)
+        for row, (mask, piece) in enumerate(zip(masks, self.pieces, strict=True)):
+            whole[row, ..., : piece.reach] = True if mask is None else mask[0]
+        return whole
+
+
 @dataclass
 class RaggedPass:
     """Who sees whom in a pass over pages, as the attention function of `blockdiff.attention` asks for it."""
@@ -95,18 +137,27 @@ class RaggedPass:
     context: CleanContext
     device: torch.device
     slots: Tensor = field(init=False)
-    _gathered: list[Tensor | None] = field(init=False)
+    _readings: list[Reading] = field(init=False)
+    _masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         slots: list[int] = []
-        self._gathered = []
-        for piece in self.pieces:
-            slots += self.pages.slots(piece.table, piece.at, piece.count)
-            index = None
-            if not piece.table.run:
-                index = torch.tensor(self.pages.slots(piece.table, 0, piece.reach), device=self.device)
-            self._gathered.append(index)
+        self._readings, first = [], 0
+        for run in _runs(self.pieces, self.pages):
+            for piece in run:
+                slots += self.pages.slots(piece.table, piece.at, piece.count)
+            self._readings.append(self._reading(run, first))
+            first += sum(piece.count for piece in run)
         self.slots = torch.tensor(slots, device=self.device)
+
+    def _reading(self, run: Sequence[Piece], first: int) -> Reading:
+        lead, size = run[0], self.pages.size
+        reach = max(piece.reach for piece in run)
+        if not lead.table.run:
+            index = torch.tensor(self.pages.slots(lead.table, 0, reach), device=self.device)
+            return Reading(first, lead.count, reach, run, index=index)
+        stride = (run[1].table.base - lead.table.base) * size if len(run) > 1 else 0
+        return Reading(first, lead.count, reach, run, lead.table.base * size, stride)
 
     def attend(
         self,
@@ -121,21 +172,90 @@ class RaggedPass:
     ) -> Tensor:
         """query [1, H, T, D], key and value [1, G, T, D] -> [1, H, T, D]; keys and values go to the pages first."""
         keys, values = self.pages.write(layer, self.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-        plain, parts, first = softcap is None and sinks is None, [], 0
-        grouped = query.shape[1] != key.shape[1]
-        for piece, index in zip(self.pieces, self._gathered, strict=True):
-            own = query[:, :, first : first + piece.count]
-            first += piece.count
-            if index is None:
-                start = piece.table.base * self.pages.size
-                k, v = keys[start : start + piece.reach], values[start : start + piece.reach]
+        plain = softcap is None and sinks is None
+        parts = []
+        for number, reading in enumerate(self._readings):
+            own = query[:, :, reading.first : reading.first + reading.rows * reading.count]
+            if plain and reading.pieces[0].attention is None:
+                parts.append(self._fused(number, reading, own, keys, values, window, scale))
             else:
-                k, v = keys[index], values[index]
-            k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
-            if plain and piece.attention is None:
-                mask = piece.mask(window, self.context, self.device)
-                parts.append(F.scaled_dot_product_attention(own, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped))
-            else:
-                seen = piece.visibility(self.context, self.device)
-                parts.append(eager_attention(own, k, v, seen, window, scale, 0.0, softcap, sinks))
+                parts += self._explicit(reading, own, keys, values, window, scale, softcap, sinks)
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def _fused(
+        self,
+        number: int,
+        reading: Reading,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        window: int | None,
+        scale: float,
+    ) -> Tensor:
+        """One call of attention for all rows of a reading."""
+        name = (number, window)
+        if name not in self._masks:
+            self._masks[name] = reading.mask(window, self.context, self.device)
+        if reading.rows > 1:
+            query = query[0].unflatten(1, (reading.rows, reading.count)).transpose(0, 1)
+        k, v = reading.of(keys), reading.of(values)
+        grouped = query.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(query, k, v, attn_mask=self._masks[name], scale=scale, enable_gqa=grouped)
+        return out if reading.rows == 1 else out.transpose(0, 1).flatten(1, 2)[None]
+
+    def _explicit(
+        self,
+        reading: Reading,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> list[Tensor]:
+        """Attention that no fused kernel has, piece by piece."""
+        k, v, parts = reading.of(keys), reading.of(values), []
+        for row, piece in enumerate(reading.pieces):
+            own = query[:, :, row * piece.count : (row + 1) * piece.count]
+            reached = slice(0, piece.reach)
+            seen = piece.visibility(self.context, self.device)
+            parts.append(
+                eager_attention(
+                    own,
+                    k[row : row + 1, :, reached],
+                    v[row : row + 1, :, reached],
+                    seen,
+                    window,
+                    scale,
+                    0.0,
+                    softcap,
+                    sinks,
+                )
+            )
+        return parts
+
+
+def _runs(pieces: Sequence[Piece], pages: Pages) -> list[list[Piece]]:
+    """Successive pieces that one call can read: of one size, whose pages lie at equal distances in the memory."""
+    runs: list[list[Piece]] = []
+    for piece in pieces:
+        run = runs[-1] if runs else []
+        if run and _joins(run, piece, pages):
+            run.append(piece)
+        else:
+            runs.append([piece])
+    return runs
+
+
+def _joins(run: list[Piece], piece: Piece, pages: Pages) -> bool:
+    last = run[-1]
+    if piece.count != last.count or (piece.attention is None) != (last.attention is None):
+        return False
+    if not (piece.table.run and last.table.run):
+        return False
+    step = piece.table.base - last.table.base
+    if step <= 0 or (len(run) > 1 and step != run[1].table.base - run[0].table.base):
+        return False
+    reach = max(piece.reach, *(other.reach for other in run))
+    return piece.table.base * pages.size + reach <= pages.count * pages.size

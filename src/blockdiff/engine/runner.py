@@ -10,13 +10,12 @@ verify    the same pass, for lossless requests, says first how much of the block
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
 
 from blockdiff.engine.checks import check
-from blockdiff.engine.engine import Engine, Limits, pages_for
+from blockdiff.engine.engine import Engine, Limits, limits_for
 from blockdiff.engine.entry import OnStep
 from blockdiff.engine.network import prepared
 from blockdiff.engine.request import Output, Request
@@ -44,7 +43,7 @@ def generate(
         check(model, request)
     if not requests:
         return []
-    engine = Engine(model, limits if limits.pages else replace(limits, pages=pages_for(model, requests, limits)))
+    engine = Engine(model, limits if limits.pages else limits_for(model, requests, limits))
     with prepared(model):
         jobs = [
             engine.add(request, None if on_text is None else partial(on_text, number), on_step)
