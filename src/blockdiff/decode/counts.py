@@ -21,9 +21,11 @@ from blockdiff.decode.scores import change
 
 
 class Count(Part, ABC):
-    """may_wait: a step that fills nothing is part of the rule; compares: it reads the score as a probability."""
+    """may_wait: a step that fills nothing is part of the rule; never_waits: it fills something wherever it can;
+    compares: it reads the score as a probability."""
 
     may_wait: ClassVar[bool] = False
+    never_waits: ClassVar[bool] = False
     compares: ClassVar[bool] = False
 
     def number(self, view: View, ranking: Ranking) -> Tensor:
@@ -47,6 +49,7 @@ class Fixed(Count):
 
     count: int = 1
     name = "fixed"
+    never_waits = True
 
     def __post_init__(self) -> None:
         positive(self, count=self.count)
@@ -65,6 +68,7 @@ class Everything(Count):
     """All that is eligible."""
 
     name = "everything"
+    never_waits = True
 
     def number(self, view: View, ranking: Ranking) -> Tensor:
         return ranking.number

@@ -189,7 +189,7 @@ class Policy:
         chosen = self.counts[0].choose(view, ranking)
         for count in self.counts[1:]:
             chosen = chosen | count.choose(view, ranking)
-        if not any(count.may_wait for count in self.counts):
+        if not any(count.may_wait or count.never_waits for count in self.counts):
             chosen = chosen | ranking.best((~chosen.any(1)).long())
         if self.max_steps is not None:
             chosen = torch.where((view.blocks.step >= self.max_steps)[:, None], view.masked, chosen)

@@ -103,7 +103,7 @@ class Engine:
     def __init__(self, model: BlockDiffusionModel, limits: Limits = Limits()) -> None:
         if model.tokenizer is None:
             raise ValueError("the model has no tokenizer: load it from a directory that holds one")
-        self.model, self.limits = model, limits
+        self.model, self.limits, self.device = model, limits, model.device
         self.tokenizer = model.tokenizer
         self.pages = Pages(limits.pages, limits.page_size)
         self.network = Network.of(model)
@@ -202,7 +202,10 @@ class Engine:
             self._waiting.pop(0)
             kind = Kind.of(self.model, entry.request)
             if entry.phase is not Phase.MEET:
-                at_once = not kind.first_known and self.limits.fused and entry.pending <= self.limits.clean_tokens
+                left = entry.pending - kind.lag
+                at_once = not kind.first_known and (
+                    left <= 0 or (self.limits.fused and left <= self.limits.clean_tokens)
+                )
                 entry.phase = Phase.OPEN if at_once else Phase.FEED
             if kind not in self._groups:
                 self._groups[kind] = Rows(self.model, kind)
@@ -327,7 +330,7 @@ class Engine:
     # ---- the pass
 
     def _run(self, shares: list[Share]) -> None:
-        device = self.model.device
+        device = self.device
         clean_at = [at for share in shares for at in share.clean_at]
         noisy_at = [at for share in shares for at in share.noisy_at]
         ids = [torch.tensor([i for share in shares for i in share.clean_ids], dtype=torch.int64, device=device)]
@@ -372,8 +375,8 @@ class Engine:
         if not found:
             return None
         width = max(ids.shape[1] for _, ids, _ in found)
-        ids = torch.zeros(clean + noisy, width, dtype=torch.int64, device=self.model.device)
-        weight = torch.zeros(clean + noisy, width, device=self.model.device)
+        ids = torch.zeros(clean + noisy, width, dtype=torch.int64, device=self.device)
+        weight = torch.zeros(clean + noisy, width, device=self.device)
         for start, own, own_weight in found:
             ids[start : start + len(own), : own.shape[1]] = own
             weight[start : start + len(own), : own.shape[1]] = own_weight.to(weight.dtype)

@@ -144,9 +144,15 @@ class Network:
             _Current.seen = None
         return logits
 
+    @staticmethod
+    def _dtype(model: BlockDiffusionModel) -> torch.dtype:
+        weight = model.backbone.get_input_embeddings().weight  # `model.dtype` asks every parameter
+        assert isinstance(weight, Tensor)
+        return weight.dtype
+
     def _record(self, model: BlockDiffusionModel, streams: Streams) -> Any:
         frozen = model.adapter is not None and model.adapter.frozen
-        key = (streams if frozen else "noisy", model.adapter.version if model.adapter else None, model.dtype)
+        key = (streams if frozen else "noisy", model.adapter.version if model.adapter else None, self._dtype(model))
         if key not in self._records:
             self._records = {k: v for k, v in self._records.items() if k[1:] == key[1:]}
             self._records[key] = _recorded(model, streams)

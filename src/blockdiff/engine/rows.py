@@ -29,7 +29,11 @@ from blockdiff.model import BlockDiffusionModel
 
 @dataclass(frozen=True)
 class Kind:
-    """What rows of one group have in common. first_known: a block's first token comes from the AR logits before it."""
+    """What rows of one group have in common. first_known: a block's first token comes from the AR logits before it.
+
+    lag: final tokens that are written one block later. Under the seeded boundary a noisy block stands in the slot of
+    the token before it, which is not to be seen beside it; a block-causal context would tear that token's block apart.
+    """
 
     policy: Policy
     constraint: int
@@ -40,10 +44,14 @@ class Kind:
     adaptive: bool
     sampled: bool
     first_known: bool
+    lag: int
 
     @staticmethod
     def of(model: BlockDiffusionModel, request: Request) -> Kind:
+        alignment = model.spec.alignment.scoring()
         alone = request.block_size == 1 and model.spec.alignment_of(1).first_is_clean
+        known = alignment.first_is_clean or request.lossless or alone
+        lags = alignment.seeded and not known and model.spec.clean_context == "context_causal"
         return Kind(
             request.policy,
             id(request.constraint),
@@ -53,7 +61,8 @@ class Kind:
             request.drafting if request.lossless else "policy",
             request.lossless and request.adaptive and request.block_size > 1,
             request.sampling.temperature > 0,
-            model.spec.alignment.scoring().first_is_clean or request.lossless or alone,
+            known,
+            int(lags),
         )
 
     @property
@@ -65,7 +74,7 @@ class Rows:
     """The rows of a kind, with their open blocks."""
 
     def __init__(self, model: BlockDiffusionModel, kind: Kind) -> None:
-        self.model, self.kind = model, kind
+        self.model, self.kind, self.device = model, kind, model.device
         self.entries: list[Entry] = []
         self.alignment = model.spec.alignment.scoring()
         mask = () if model.spec.mask_id is None else (model.spec.mask_id,)
@@ -82,7 +91,7 @@ class Rows:
         self._token_ids: dict[tuple[str, ...], Tensor] = {}
 
     def column(self, values: Sequence[Any], dtype: torch.dtype | None = None) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.model.device)
+        return torch.tensor(values, dtype=dtype, device=self.device)
 
     def index(self, rows: Sequence[int]) -> Tensor | slice:
         """Rows as an index; all of them without a copy."""
@@ -113,7 +122,7 @@ class Rows:
 
     def _members_changed(self) -> None:
         requests = [entry.request for entry in self.entries]
-        self.sampling = SamplingBatch.of([request.sampling for request in requests], self.model.device)
+        self.sampling = SamplingBatch.of([request.sampling for request in requests], self.device)
         self.seed = self.column([request.seed for request in requests], torch.int64)
         scales = [sum(p.scale for p in r.policy.logits if isinstance(p, Guidance)) for r in requests]
         self.guidance = self.column(scales, torch.float32)
@@ -121,7 +130,7 @@ class Rows:
             self.pace = Pace.of(self.model, self.kind, requests, self.pace)
 
     def _blank(self, rows: int, width: int) -> OpenBlocks:
-        zeros = torch.zeros(rows, width, dtype=torch.int64, device=self.model.device)
+        zeros = torch.zeros(rows, width, dtype=torch.int64, device=self.device)
         return OpenBlocks.open(zeros, zeros, zeros, zeros[:, 0])
 
     # ---- opening
@@ -162,7 +171,7 @@ class Rows:
         busy = (Phase.DENOISE, Phase.VERIFY)
         width = max(entry.size for entry in self.entries if entry.phase in busy)
         index = self.index(rows)
-        slot = torch.arange(width, device=self.model.device)[None]
+        slot = torch.arange(width, device=self.device)[None]
         place = self.column([len(entry.tokens) for entry in entries])[:, None] + slot
         used = slot < self.column([entry.size for entry in entries])[:, None]
         status, ids = torch.where(used, MASK, OUTSIDE), torch.zeros_like(place)
@@ -223,7 +232,7 @@ class Rows:
             [entry.request for entry in entries],
             [entry.output for entry in entries],
             self.model.context_length,
-            self.model.device,
+            self.device,
         )
         if self._state is None or self._left is None:
             self._state, self._left = self.seed.clone(), self.seed.clone()
@@ -312,7 +321,7 @@ class Rows:
 
     def allowed(self, logits: Tensor) -> Tensor:
         """Logits [..., V] without the tokens that may not be written (changed in place)."""
-        return logits.index_fill_(-1, self._forbidden, -torch.inf)
+        return logits if not len(logits) else logits.index_fill_(-1, self._forbidden, -torch.inf)
 
     def _ids_of(self, strings: tuple[str, ...]) -> Tensor:
         """Tokens whose text holds one of the strings."""

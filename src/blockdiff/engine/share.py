@@ -65,8 +65,8 @@ class Share:
                     share.asked.append(row)
             elif entry.phase is Phase.DENOISE:
                 share.denoised.append(row)
-                if entry.pending:
-                    share.fed.append((row, entry.pending))
+                if entry.pending > rows.kind.lag:
+                    share.fed.append((row, entry.pending - rows.kind.lag))
             elif entry.phase is Phase.VERIFY:
                 share.verified.append(row)
         share._add(real=True)
@@ -80,10 +80,11 @@ class Share:
 
     def _chunk(self, entry: Entry, budget: int) -> int:
         """How many pending tokens are fed now; a block-causal block is never torn apart."""
-        end = entry.table.written + max(1, min(entry.pending, budget))
-        if self.block_causal and end < len(entry.tokens):
+        last = len(entry.tokens) - self.rows.kind.lag
+        end = min(last, entry.table.written + max(1, budget))
+        if self.block_causal and end < last:
             starts = entry.starts()
-            while end < len(entry.tokens) and starts[end] != end:
+            while end < last and starts[end] != end:
                 end += 1
         return end - entry.table.written
 
@@ -118,14 +119,14 @@ class Share:
         if self.block_causal and start + count > prompt:
             starts = entry.starts()[start : start + count]
             sees = "all" if len(set(starts)) == 1 else "map"
-            tokens = clean_blocks(start, starts, self.rows.model.device)
+            tokens = clean_blocks(start, starts, self.rows.device)
         self.clean.append(Piece(table, start, count, False, sees, tokens))
         self.clean_ids += ids
         self.clean_at += range(start, start + count)
 
     def _verify(self) -> None:
         """Drafts as clean tokens; drafting ahead, a noisy block behind each of their tokens."""
-        rows, device = self.rows, self.rows.model.device
+        rows, device = self.rows, self.rows.device
         width = max(rows.entries[row].size for row in self.verified)
         ids = rows.blocks.ids[rows.index(self.verified), :width].tolist()
         ends = [rows.entries[row].table.written + rows.entries[row].size for row in self.verified]
@@ -171,13 +172,13 @@ class Share:
             self.blends.append((len(self.noisy_at) - sum(sizes), *self._blend(found, used)))
 
     def _open_piece(self, entry: Entry, table: Table, size: int, wanted: Sequence[bool], sums: bool) -> None:
-        start, seeded = len(entry.tokens), self.rows.alignment.seeded
-        sees: Sees = "all but the seed" if seeded else "all"
+        start, seeded, lag = len(entry.tokens), self.rows.alignment.seeded, self.rows.kind.lag
+        sees: Sees = "all but the seed" if seeded and not lag else "all"
         tokens = None
         if self.depth > 1:
-            sees, tokens = "map", state_map(start - seeded, size, self.depth, self.rows.model.device)
+            sees, tokens = "map", state_map(start - seeded, size, self.depth, self.rows.device)
         collected = AttentionSums() if sums else None
-        self.noisy.append(Piece(table, start, size * self.depth, True, sees, tokens, collected))
+        self.noisy.append(Piece(table, start - lag, size * self.depth, True, sees, tokens, collected))
         for _ in range(self.depth):
             first = len(self.noisy_at)
             # under the clean boundary the logits of a slot predict the next one's token
@@ -196,7 +197,7 @@ class Share:
         """Slots of the rows' own blocks, bool [d, W]; None where all are."""
         if min(sizes) == width:
             return None
-        slot = torch.arange(width, device=self.rows.model.device)
+        slot = torch.arange(width, device=self.rows.device)
         return slot < self.rows.column(sizes)[:, None]
 
     def _blend(self, found: tuple[Tensor, Tensor], used: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -218,7 +219,7 @@ class Share:
             for table in (entry.table, entry.shadow):
                 if table is not None:
                     table.written += count
-            if entry.phase is Phase.FEED and not entry.pending:
+            if entry.phase is Phase.FEED and entry.pending <= rows.kind.lag:
                 entry.phase = Phase.OPEN
         clean, noisy = rows.allowed(clean), rows.allowed(noisy)
         if rows.kind.guided:
