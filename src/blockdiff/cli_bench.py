@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from blockdiff.cli_options import JsonFile, ModelPath, Seed, err, load_model, out, whole_numbers, write_result
+from blockdiff.cli_options import JsonFile, Seed, err, load_model, out, whole_numbers, write_result
 
 bench = typer.Typer(help="Measure speed, as ratios within one run.", no_args_is_help=True)
 _LEVELS = (0.99, 0.95, 0.9, 0.8, 0.7, 0.5)
@@ -16,23 +16,58 @@ _SWEEP = (*(f"threshold({level})" for level in _LEVELS), "fixed(1)", "fixed(2)",
 
 @bench.command("decode")
 def bench_decode(
-    path: ModelPath,
-    data: Annotated[Path, typer.Option(help="Texts whose beginnings are the prompts.")],
-    block_sizes: Annotated[str, typer.Option(help="Comma-separated block sizes.")] = "4,8",
+    path: Annotated[
+        str | None, typer.Argument(help="Checkpoint whose texts count; none: what decoding costs, on random weights.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Texts whose beginnings are the prompts, of a checkpoint.")] = None,
+    block_sizes: Annotated[str | None, typer.Option(help="Comma-separated; default 4,8, on random weights 16.")] = None,
     policy: Annotated[list[str] | None, typer.Option("--policy", help="Policies beside lossless; repeatable.")] = None,
+    tokens_per_step: Annotated[str, typer.Option(help="On random weights: tokens that a step fills.")] = "1,4",
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    batch: Annotated[int, typer.Option(help="Prompts decoded together.", min=1)] = 1,
-    prompts: Annotated[int, typer.Option(help="Prompts.", min=1)] = 8,
+    batch: Annotated[str, typer.Option(help="Prompts decoded together; several on random weights: 1,8.")] = "1",
+    prompts: Annotated[int, typer.Option(help="Prompts of a checkpoint.", min=1)] = 8,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.", min=1)] = 16,
-    new_tokens: Annotated[int, typer.Option(help="Tokens that every text gets.", min=1)] = 128,
+    new_tokens: Annotated[str, typer.Option(help="Tokens that every text gets; several on random weights.")] = "128",
     rounds: Annotated[int, typer.Option(help="Counted rounds.", min=1)] = 5,
     judge: Annotated[str | None, typer.Option(help="AR model that scores the texts.")] = None,
     quality: Annotated[bool, typer.Option("--quality", help="Sweep thresholds and steps; needs a judge.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw quality against speed (.png, .svg, .pdf).")] = None,
+    textbook: Annotated[bool, typer.Option(help="On random weights: block decoding as usually written, too.")] = True,
+    memory: Annotated[bool, typer.Option(help="On random weights: peak memory, in processes of their own.")] = True,
+    plot: Annotated[Path | None, typer.Option(help="Draw quality, or cost, against speed (.png, .svg, .pdf).")] = None,
     seed: Seed = 0,
     json_file: JsonFile = None,
 ) -> None:
-    """Lossless decoding and policies against AR decoding and Hugging Face's `generate` on the same weights."""
+    """Decoding against transformers' `generate` on the same weights: lossless and policies on a checkpoint and its
+    texts; or what fixed numbers of tokens a step cost, over lengths, batches and block sizes, on random weights."""
+    from blockdiff.runtime import record, use_available_threads
+
+    use_available_threads()
+    batches, lengths = whole_numbers(batch, "--batch"), whole_numbers(new_tokens, "--new-tokens")
+    if path is None:
+        if data is not None or policy or judge or quality:
+            raise ValueError("--data, --policy, --judge and --quality are about a checkpoint's texts: give its path")
+        sizes = whole_numbers(block_sizes or "16", "--block-sizes")
+        steps = whole_numbers(tokens_per_step, "--tokens-per-step")
+        for option, values in (("batch", batches), ("new-tokens", lengths), ("block-sizes", sizes), ("tokens", steps)):
+            if min(values) < 1:
+                raise ValueError(f"--{option}: {min(values)} is not possible; give 1 or more")
+        _schedules(
+            [(b, n, size, tuple(steps)) for n in lengths for b in batches for size in sizes],
+            prompt_tokens,
+            textbook,
+            rounds,
+            memory,
+            plot,
+            seed,
+            json_file,
+        )
+        return
+    if data is None:
+        raise ValueError("--data: give texts whose beginnings are the prompts")
+    if len(batches) > 1 or len(lengths) > 1:
+        raise ValueError("--batch and --new-tokens: give one number for a checkpoint")
+    if (quality or plot) and judge is None:
+        raise ValueError("--quality and --plot compare texts: give --judge, an AR model that scores them")
     from rich.progress import Progress as Bar
     from transformers import AutoModelForCausalLM
 
@@ -40,10 +75,7 @@ def bench_decode(
     from blockdiff.bench import areas as areas_of
     from blockdiff.bench import bench_decode as measure
     from blockdiff.frontier import bench_table, frontier_plot
-    from blockdiff.runtime import record
 
-    if (quality or plot) and judge is None:
-        raise ValueError("--quality and --plot compare texts: give --judge, an AR model that scores them")
     model = load_model(path)
     network: Any = AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype).to(model.device).eval()
     scorer = None if judge is None else load(judge)
@@ -52,13 +84,13 @@ def bench_decode(
         rows = measure(
             model,
             data,
-            block_sizes=whole_numbers(block_sizes, "--block-sizes"),
+            block_sizes=whole_numbers(block_sizes or "4,8", "--block-sizes"),
             policies=(policy or ()) if not quality else (*_SWEEP, *(policy or ())),
             temperature=temperature,
-            batch=batch,
+            batch=batches[0],
             prompts=prompts,
             prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
+            new_tokens=lengths[0],
             rounds=rounds,
             lossless=model.spec.ar_trained and model.spec.clean_context == "context_causal",
             hugging_face=network,
@@ -73,6 +105,79 @@ def bench_decode(
     if plot is not None:
         frontier_plot(rows, plot)
     write_result(json_file, record("bench decode", seed, model=path, data=str(data), areas=areas, rows=rows))
+
+
+def _schedules(
+    cases: list[tuple[int, int, int, tuple[int, ...]]],
+    prompt_tokens: int,
+    textbook: bool,
+    rounds: int,
+    memory: bool,
+    plot: Path | None,
+    seed: int,
+    json_file: Path | None,
+) -> None:
+    from rich.progress import Progress as Bar
+
+    from blockdiff.bench import Schedule, bench_schedules
+    from blockdiff.bench.costs import schedule_plot
+    from blockdiff.bench.tables import schedule_table
+    from blockdiff.runtime import record
+
+    schedules = [Schedule(b, n, size, steps, prompt_tokens, textbook) for b, n, size, steps in cases]
+    with Bar(console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("decoding", total=1.0)
+        rows = bench_schedules(
+            schedules,
+            rounds=rounds,
+            seed=seed,
+            memory=memory,
+            on_progress=lambda done: bar.update(task, completed=done),
+        )
+    out.print(schedule_table(rows))
+    if plot is not None:
+        schedule_plot(rows, plot)
+    write_result(json_file, record("bench decode", seed, model="random llama, 8M parameters", rows=rows))
+
+
+@bench.command("serve")
+def bench_serve(
+    path: Annotated[str | None, typer.Argument(help="Checkpoint; none: a random Llama of 8M parameters.")] = None,
+    requests: Annotated[int, typer.Option(help="Requests in flight.", min=1)] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that a request gets at most.", min=1)] = 64,
+    block_sizes: Annotated[str, typer.Option(help="Comma-separated sizes that requests choose from.")] = "1,2,4,8,16",
+    prefix: Annotated[int, typer.Option(help="Tokens that all prompts begin with.", min=0)] = 0,
+    pages: Annotated[int, typer.Option(help="Pages of 16 tokens; 0: as many as all need.", min=0)] = 0,
+    rounds: Annotated[int, typer.Option(help="Counted rounds.", min=1)] = 3,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Requests of many kinds at once, arriving at random, and one at a time: throughput, waiting, equality."""
+    from rich.progress import Progress as Bar
+
+    from blockdiff.bench import bench_serve as measure
+    from blockdiff.bench import ragged_requests, random_model
+    from blockdiff.bench.tables import serve_table
+    from blockdiff.engine import Limits
+    from blockdiff.runtime import record, use_available_threads
+
+    use_available_threads()
+    model = random_model() if path is None else load_model(path)
+    sizes = whole_numbers(block_sizes, "--block-sizes")
+    made = ragged_requests(requests, model.vocabulary - 1, sizes, new_tokens, prefix, seed)
+    with Bar(console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("serving", total=1.0)
+        rows = measure(
+            model,
+            made,
+            rounds=rounds,
+            limits=Limits(pages=pages) if pages else None,
+            seed=seed,
+            on_progress=lambda done: bar.update(task, completed=done),
+        )
+    out.print(serve_table(rows))
+    name = path or "random llama, 8M parameters"
+    write_result(json_file, record("bench serve", seed, model=name, block_sizes=sizes, prefix=prefix, rows=rows))
 
 
 @bench.command("train")

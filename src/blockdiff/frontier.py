@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-Rows = Sequence[dict[str, Any]]
+from blockdiff.bench.tables import Rows, lined_up
 
 
 def bench_table(rows: Rows) -> str:
@@ -23,17 +22,7 @@ def bench_table(rows: Rows) -> str:
         "judge NLL": lambda row: f"{row['judge_nll']:.3f} ± {row['judge_nll_se']:.3f}" if "judge_nll" in row else "",
         "entropy": lambda row: _number(row.get("judged_entropy")),
     }
-    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
-    shown = {name: [name, *column] for name, column in cells.items() if any(column)}
-    wide = {name: max(map(len, column)) for name, column in shown.items()}
-    lines = []
-    for number in range(len(rows) + 1):
-        cells_of_line = [
-            column[number].ljust(wide[name]) if name == "way" else column[number].rjust(wide[name])
-            for name, column in shown.items()
-        ]
-        lines.append("  ".join(cells_of_line).rstrip())
-    return "\n".join(lines)
+    return lined_up(rows, columns)
 
 
 def frontier_plot(rows: Rows, file: Path) -> None:

@@ -1,12 +1,11 @@
-"""The rows of `bench train` as a table and as a plot. Reads rows alone."""
+"""The rows of `bench train` as a table, and plots of what training and decoding cost. Reads rows alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-Rows = Sequence[dict[str, Any]]
+from blockdiff.bench.tables import Rows, lined_up, megabytes, with_range
 
 
 def cost_table(rows: Rows) -> str:
@@ -17,23 +16,14 @@ def cost_table(rows: Rows) -> str:
         "block": lambda row: str(row["block_size"]),
         "variant": lambda row: row["variant"],
         "s/step": lambda row: f"{row['seconds']:.3f}",
-        "x AR": lambda row: _range(row, "cost_over_ar"),
+        "x AR": lambda row: with_range(row, "cost_over_ar"),
         "a draw": lambda row: f"{row['cost_per_draw']:.2f}",
-        "draw / one": lambda row: _range(row, "draw_over_one") if row["draws"] > 1 else "",
+        "draw / one": lambda row: with_range(row, "draw_over_one") if row["draws"] > 1 else "",
         "x matmul": lambda row: f"{row['cost_over_matmul']:.2f}",
-        "peak MB": lambda row: "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}",
-        "above model": lambda row: "" if row["peak_mb"] is None else f"{row['peak_above_model_mb']:.0f}",
+        "peak MB": lambda row: megabytes(row, "peak_mb"),
+        "above model": lambda row: megabytes(row, "peak_above_model_mb"),
     }
-    cells = {name: [name, *map(cell, rows)] for name, cell in columns.items()}
-    wide = {name: max(map(len, column)) for name, column in cells.items() if any(column[1:])}
-    lines = (
-        "  ".join(
-            cells[name][number].ljust(width) if name == "variant" else cells[name][number].rjust(width)
-            for name, width in wide.items()
-        )
-        for number in range(len(rows) + 1)
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    return lined_up(rows, columns)
 
 
 def cost_plot(rows: Rows, file: Path) -> None:
@@ -66,6 +56,25 @@ def cost_plot(rows: Rows, file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def _range(row: dict[str, Any], name: str) -> str:
-    low, high = row[f"{name}_range"]
-    return f"{row[name]:.2f} ({low:.2f}–{high:.2f})"
+def schedule_plot(rows: Rows, file: Path) -> None:
+    """Speed over transformers' AR decoding, and milliseconds of a forward, over the tokens that are written."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    speed, forward = figure.subplots(1, 2)
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        step = f", {row['tokens_per_step']} a step" if row["block_size"] > 1 else ""
+        lines.setdefault(f"{row['way']}{step}, batch {row['batch']}", []).append(row)
+    for label, group in lines.items():
+        points = sorted(group, key=lambda row: row["new_tokens"])
+        across = [row["new_tokens"] for row in points]
+        speed.plot(across, [row["speedup_over_ar"] for row in points], "o-", markersize=4, label=label)
+        forward.plot(across, [row["ms_per_forward"] for row in points], "o-", markersize=4, label=label)
+    for axes, word in ((speed, "speed, transformers' AR decoding = 1"), (forward, "milliseconds of a forward")):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("tokens written")
+        axes.set_ylabel(word)
+        axes.grid(alpha=0.3)
+    speed.legend(fontsize=7)
+    figure.savefig(file, dpi=120)

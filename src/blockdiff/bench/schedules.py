@@ -15,7 +15,7 @@ first round is not counted. matmul_ms: the matrix products of one of its forward
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from blockdiff.api import Model
+from blockdiff.bench.memory import peak_memory
 from blockdiff.bench.models import random_model, random_network
 from blockdiff.bench.textbook import decode_blocks
 from blockdiff.decode import Policy
@@ -31,6 +32,7 @@ from blockdiff.decode.counts import Fixed
 from blockdiff.engine import Engine, Limits, Request
 from blockdiff.engine.engine import limits_for
 from blockdiff.engine.network import prepared
+from blockdiff.objectives import Boundary
 
 HUGGING_FACE, TEXTBOOK, AR = "hf generate", "textbook", "ours, AR"
 Progress = Callable[[float], None]
@@ -59,24 +61,53 @@ class Timed:
 
 
 def bench_schedules(
-    schedules: Sequence[Schedule], *, rounds: int = 5, seed: int = 0, on_progress: Progress | None = None
+    schedules: Sequence[Schedule],
+    *,
+    rounds: int = 5,
+    seed: int = 0,
+    memory: bool = True,
+    on_progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for every way of every schedule, on the random network of `bench.models`."""
+    """A row for every way of every schedule, on the random network of `bench.models`; with peak memory, each way's in a
+    process of its own. Raises ValueError for texts that the network's context does not hold."""
     network = random_network(seed)
-    models = {boundary: random_model(boundary, seed) for boundary in ("clean", "seed")}
+    boundaries: tuple[Boundary, ...] = ("clean", "seed")
+    models = {boundary: random_model(boundary, seed) for boundary in boundaries}
     rows: list[dict[str, Any]] = []
     for number, schedule in enumerate(schedules):
         limit = network.config.max_position_embeddings
         if schedule.prompt_tokens + schedule.new_tokens > limit:
             raise ValueError(f"{schedule.new_tokens} new tokens do not fit the network's context of {limit}")
         timed = _time(schedule, network, models, rounds, seed)
-        rows += [_row(schedule, way, timed) for way in timed]
+        peaks = {way: peak_memory(_alone, schedule, way, seed) for way in timed} if memory else {}
+        rows += [_row(schedule, way, timed) | _peaks(peaks.get(way)) for way in timed]
         if on_progress is not None:
             on_progress((number + 1) / len(schedules))
     return rows
 
 
-def _time(schedule: Schedule, network: Any, models: dict[str, Model], rounds: int, seed: int) -> dict[str, Timed]:
+def _alone(schedule: Schedule, way: str, seed: int) -> Callable[[], None]:
+    """One way, with nothing else in memory."""
+    boundary: Boundary = "seed" if ", seed" in way else "clean"
+    ours = way.startswith("ours")
+    network = None if ours else random_network(seed)
+    models = {boundary: random_model(boundary, seed)} if ours else {}
+    prompts = torch.randint(4000, (schedule.batch, schedule.prompt_tokens))
+    write = _ways(schedule, network, models, prompts)[way]
+
+    def run() -> None:
+        write()
+
+    return run
+
+
+def _peaks(peak: tuple[float, float] | None) -> dict[str, Any]:
+    return {"peak_mb": None if peak is None else peak[0], "peak_above_model_mb": None if peak is None else peak[1]}
+
+
+def _time(
+    schedule: Schedule, network: Any, models: Mapping[Boundary, Model], rounds: int, seed: int
+) -> dict[str, Timed]:
     generator = torch.Generator().manual_seed(seed)
     prompts = torch.randint(4000, (schedule.batch, schedule.prompt_tokens), generator=generator)
     ways = _ways(schedule, network, models, prompts)
@@ -93,7 +124,7 @@ def _time(schedule: Schedule, network: Any, models: dict[str, Model], rounds: in
 
 
 def _ways(
-    schedule: Schedule, network: Any, models: dict[str, Model], prompts: Tensor
+    schedule: Schedule, network: Any, models: Mapping[Boundary, Model], prompts: Tensor
 ) -> dict[str, Callable[[], tuple[int, float]]]:
     """Every way, as something that writes the texts and says its forwards and the tokens they fed."""
     new, batch = schedule.new_tokens, schedule.batch
@@ -112,7 +143,7 @@ def _ways(
 
         return write
 
-    def ours(boundary: str, block_size: int, per_step: int) -> Callable[[], tuple[int, float]]:
+    def ours(boundary: Boundary, block_size: int, per_step: int) -> Callable[[], tuple[int, float]]:
         policy = Policy(counts=(Fixed(per_step),))
         requests = [Request(tuple(row.tolist()), new, block_size, policy) for row in prompts]
 
@@ -159,11 +190,14 @@ def _products(network: Any, tokens: int) -> float:
     """Seconds of a forward's matrix products over so many tokens, nothing else."""
     weights = [module.weight.detach() for module in network.modules() if isinstance(module, nn.Linear)]
     inputs = {width: torch.ones(max(tokens, 1), width) for width in {weight.shape[1] for weight in weights}}
+    found = []
     with torch.inference_mode():
-        began = time.perf_counter()
-        for weight in weights:
-            torch.mm(inputs[weight.shape[1]], weight.T)
-        return time.perf_counter() - began
+        for _ in range(5):  # the first pays for what was in the caches before
+            began = time.perf_counter()
+            for weight in weights:
+                torch.mm(inputs[weight.shape[1]], weight.T)
+            found.append(time.perf_counter() - began)
+    return min(found)
 
 
 def _row(schedule: Schedule, way: str, timed: dict[str, Timed]) -> dict[str, Any]:

@@ -16,13 +16,9 @@ of it and above what was there once model and data were built (on CUDA: allocate
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -31,8 +27,10 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from blockdiff.bench.memory import peak_memory
+from blockdiff.bench.models import random_network
 from blockdiff.distributions import Fixed
-from blockdiff.loading import attach, from_architecture
+from blockdiff.loading import attach
 from blockdiff.model import BlockDiffusionModel, Spec
 from blockdiff.noise import ExactCount
 from blockdiff.objectives import Alignment
@@ -41,17 +39,6 @@ from blockdiff.reference import textbook
 from blockdiff.runtime import keep_freed_memory
 
 AR, TEXTBOOK, OURS = "ar", "textbook", "ours"
-SMALL: dict[str, Any] = {
-    "type": "llama",
-    "hidden_size": 256,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-}
-VOCABULARY = 4096
 Progress = Callable[[float], None]
 
 
@@ -157,15 +144,9 @@ def bench_train(
                 on_progress((number + done) / len(cases))
 
         seconds, floors = _time(case, rounds, say)
-        peaks = {way: peak_memory(case, way) for way in case.ways} if memory else {}
+        peaks = {way: peak_memory(_steps, case, way) for way in case.ways} if memory else {}
         rows += [_row(case, way, seconds, floors, peaks.get(way)) for way in case.ways]
     return rows
-
-
-def peak_memory(case: Case, way: str) -> tuple[float, float]:
-    """Peak memory of training steps in a fresh process, and how far that is above the built model: MB."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(_peak, case, way, torch.get_num_threads()).result()
 
 
 def _time(case: Case, rounds: int, say: Progress) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
@@ -242,32 +223,20 @@ def _multiply(products: Sequence[tuple[int, nn.Linear]]) -> float:
     return total
 
 
-def _peak(case: Case, way: str, threads: int) -> tuple[float, float]:
-    torch.set_num_threads(threads)
-    keep_freed_memory()
+def _steps(case: Case, way: str) -> Callable[[], None]:
     trained = Trained(case, way)
-    if trained.network.device.type == "cuda":
-        built = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        built = _resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    for seed in range(2):
-        trained.step(seed)
-    peak = torch.cuda.max_memory_allocated() if trained.network.device.type == "cuda" else _resident("VmHWM")
-    return peak / 1e6, (peak - built) / 1e6
 
+    def run() -> None:
+        for seed in range(2):
+            trained.step(seed)
 
-def _resident(name: str) -> int:
-    """Bytes of resident memory: now (VmRSS) or at most (VmHWM), as Linux counts them."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    return run
 
 
 def _network(case: Case) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if case.path is None:
-        network: Any = from_architecture(copy.deepcopy(SMALL), VOCABULARY, seed=0)
+        network: Any = random_network()
     else:
         network = AutoModelForCausalLM.from_pretrained(case.path)
     limit = getattr(network.config, "max_position_embeddings", case.length)
