@@ -42,6 +42,7 @@ ELSEWHERE = (
     "git clone",
     "pip install",
     "python -m venv",
+    "gpu.sh",
 )  # run by CI, or by hand: see the page
 
 
@@ -108,7 +109,11 @@ def test_commands_run(trained, tmp_path):
                 if command.startswith("blockdiff experiment"):
                     command += f" {SMALL_EXPERIMENT}"
                 if command.startswith("blockdiff bench decode"):
-                    command += " --prompts 1 --rounds 1 --prompt-tokens 4 --new-tokens 6"
+                    command += " --prompts 1 --rounds 1 --prompt-tokens 4 --new-tokens 6 --batch 1 --no-memory"
+                if command.startswith("blockdiff bench train"):
+                    command += " --lengths 32 --tokens 64 --rounds 1 --no-memory"
+                if command.startswith("blockdiff bench serve"):
+                    command += " --requests 3 --new-tokens 4 --rounds 1"
                 if command.startswith("blockdiff data own"):
                     command += " --documents 4 --max-new-tokens 12"
                 if "noise_variance" in command:

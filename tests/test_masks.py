@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_mask
 
 from blockdiff import masks
-from blockdiff.attention import NAMES, _eager, _flex, _sdpa
+from blockdiff.attention import NAMES, _flex, _sdpa, eager_attention
 from blockdiff.layout import Layout, TokenMap
 from blockdiff.masks import Visibility
 from blockdiff.noise import ExactCount
@@ -126,7 +126,7 @@ def test_attention_implementations_agree(window):
     query = torch.randn(rows, 4, length, 16, generator=generator)
     key, value = torch.randn(2, rows, 2, length, 16, generator=generator)
     seen = Visibility(tokens, tokens, "context_causal")
-    results = [kernel(query, key, value, seen, window, 0.25, 0.0) for kernel in (_sdpa, _eager, _flex)]
+    results = [kernel(query, key, value, seen, window, 0.25, 0.0) for kernel in (_sdpa, eager_attention, _flex)]
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], atol=2e-6, rtol=1e-5)
     other = _sdpa(query, key, value, Visibility(tokens, tokens, "block_causal"), window, 0.25, 0.0)

@@ -30,7 +30,7 @@ from blockdiff.bench.textbook import decode_blocks
 from blockdiff.decode import Policy
 from blockdiff.decode.counts import Fixed
 from blockdiff.engine import Engine, Limits, Request
-from blockdiff.engine.engine import limits_for
+from blockdiff.engine.limits import limits_for
 from blockdiff.engine.network import prepared
 from blockdiff.objectives import Boundary
 

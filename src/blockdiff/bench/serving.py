@@ -19,7 +19,7 @@ from typing import Any
 from blockdiff.api import Model
 from blockdiff.decode import Sampling, parse
 from blockdiff.engine import Engine, Job, Limits, Request
-from blockdiff.engine.engine import limits_for
+from blockdiff.engine.limits import limits_for
 from blockdiff.engine.network import prepared
 
 ALONE, TOGETHER, ARRIVING = "one at a time", "together", "arriving"

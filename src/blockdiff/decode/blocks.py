@@ -243,17 +243,21 @@ class View:
 
 @dataclass(frozen=True)
 class MaskedView(View):
-    """A view of the masked positions alone: logits [N, V] of them, row by row; what is read of others is 0."""
+    """A view of the masked positions alone, row by row: logits [N, V] and the proposed tokens `drawn` [N] of them, and
+    where they lie in the flattened blocks, at [N]. What is read of other positions is 0."""
+
+    drawn: Tensor = field(kw_only=True)
+    at: Tensor = field(kw_only=True)
 
     @staticmethod
-    def of(blocks: OpenBlocks, logits: Tensor, tokens: Tensor) -> MaskedView:
-        """tokens [N] proposed for the masked positions."""
-        return MaskedView(blocks, logits, torch.zeros_like(blocks.ids).masked_scatter(blocks.masked, tokens))
+    def of(blocks: OpenBlocks, logits: Tensor, drawn: Tensor, attention: Tensor | None) -> MaskedView:
+        at = blocks.masked.flatten().nonzero()[:, 0]
+        tokens = torch.zeros_like(blocks.ids).flatten().index_copy_(0, at, drawn).view(blocks.ids.shape)
+        return MaskedView(blocks, logits, tokens, attention, drawn=drawn, at=at)
 
     @cached_property
     def chosen_log_probability(self) -> Tensor:
-        tokens = self.tokens[self.masked]
-        return self._spread((self.logits.gather(-1, tokens[:, None])[:, 0] - self._logsumexp).double())
+        return self._spread((self.logits.gather(-1, self.drawn[:, None])[:, 0] - self._logsumexp).double())
 
     @cached_property
     def top(self) -> tuple[Tensor, Tensor]:
@@ -271,6 +275,6 @@ class MaskedView(View):
 
     def _spread(self, values: Tensor) -> Tensor:
         """Values [N, ...] of the masked positions as [R, n, ...]."""
-        whole = values.new_zeros((*self.blocks.ids.shape, *values.shape[1:]))
-        whole[self.masked] = values
-        return whole
+        shape = self.blocks.ids.shape
+        whole = values.new_zeros((shape.numel(), *values.shape[1:]))
+        return whole.index_copy_(0, self.at, values).view(*shape, *values.shape[1:])

@@ -157,8 +157,7 @@ class Policy:
             credited += [(change, logits)] if isinstance(change, Credit) else []
             logits = change(blocks, logits, unconditional)
         if logits.dim() == 2:
-            view: View = MaskedView.of(blocks, logits, propose(logits))
-            view = replace(view, attention=attention)
+            view: View = MaskedView.of(blocks, logits, propose(logits), attention)
         else:
             view = View(blocks, logits, propose(logits), attention, token_ids)
         if self.planner is not None:

@@ -1,7 +1,8 @@
 """The engine: requests in, text out."""
 
 from blockdiff.engine.drafting import can_draft_ahead
-from blockdiff.engine.engine import Engine, Job, Limits
+from blockdiff.engine.engine import Engine, Job
+from blockdiff.engine.limits import Limits
 from blockdiff.engine.request import Output, Request, Step
 from blockdiff.engine.runner import generate
 

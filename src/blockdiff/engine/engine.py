@@ -22,6 +22,7 @@ from torch import Tensor
 from blockdiff.decode import MASK
 from blockdiff.engine.checks import check
 from blockdiff.engine.entry import Entry, OnStep, OnText, Phase
+from blockdiff.engine.limits import Limits, slots_for_block, slots_of
 from blockdiff.engine.network import Network
 from blockdiff.engine.pages import OutOfPages, Pages, Table
 from blockdiff.engine.ragged import RaggedPass
@@ -31,22 +32,6 @@ from blockdiff.engine.search import best_of, particles, refined, refinement, res
 from blockdiff.engine.share import Share
 from blockdiff.engine.stream import TextStream
 from blockdiff.model import BlockDiffusionModel
-
-
-@dataclass(frozen=True)
-class Limits:
-    """pages of page_size tokens: the memory for keys and values; clean_tokens: of prompts and blocks, in one pass;
-    requests: served at once; fused: finished blocks are committed in their successor's first pass, where that is exact;
-    sharing: texts that begin alike share pages; text_pages: every text gets so many pages at once, so that texts lie at
-    equal distances and one call of attention reads them all (0: as many as its next block needs)."""
-
-    pages: int = 4096
-    page_size: int = 16
-    clean_tokens: int = 2048
-    requests: int = 256
-    fused: bool = True
-    sharing: bool = True
-    text_pages: int = 0
 
 
 @dataclass
@@ -67,34 +52,6 @@ class Job:
     def silent(self) -> bool:
         """Whether text is shown at the end only: it may still change."""
         return self.request.policy.search is not None or self.request.policy.refine is not None
-
-
-def slots_for_block(request: Request, length: int) -> int:
-    """Slots that a text of `length` tokens needs for its next block."""
-    ahead = request.block_size if request.lossless and request.drafting != "policy" else request.stepwise
-    return length + request.block_size * (1 + ahead)
-
-
-def slots_of(model: BlockDiffusionModel, request: Request, page_size: int) -> int:
-    """Slots that a request may come to need."""
-    end = min(len(request.prompt) + request.max_new_tokens, model.context_length)
-    return texts_of(model, request) * (slots_for_block(request, end) + page_size)
-
-
-def texts_of(model: BlockDiffusionModel, request: Request) -> int:
-    """Texts that a request is: its particles, each with an unconditional twin where it is guided."""
-    return (request.policy.search.count if request.policy.search else 1) * (1 + Kind.of(model, request).guided)
-
-
-def limits_for(model: BlockDiffusionModel, requests: Sequence[Request], limits: Limits) -> Limits:
-    """These limits with the pages that all the requests need at once: as many for every text, unless lengths differ so
-    much that this would take twice the memory."""
-    pages = [-(-slots_of(model, request, limits.page_size) // limits.page_size) for request in requests]
-    texts = [texts_of(model, request) for request in requests]
-    most = max(-(-count // own) for count, own in zip(pages, texts, strict=True))
-    if most * sum(texts) <= 2 * sum(pages):
-        return replace(limits, pages=most * sum(texts), text_pages=most)
-    return replace(limits, pages=sum(pages))
 
 
 class Engine:

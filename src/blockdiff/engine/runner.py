@@ -15,8 +15,9 @@ from functools import partial
 import torch
 
 from blockdiff.engine.checks import check
-from blockdiff.engine.engine import Engine, Limits, limits_for
+from blockdiff.engine.engine import Engine
 from blockdiff.engine.entry import OnStep
+from blockdiff.engine.limits import Limits, limits_for
 from blockdiff.engine.network import prepared
 from blockdiff.engine.request import Output, Request
 from blockdiff.model import BlockDiffusionModel
