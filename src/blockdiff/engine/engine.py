@@ -57,7 +57,7 @@ class Job:
 class Engine:
     """Serves requests: `add` them, `step` until they are done, `cancel` what is no longer wanted."""
 
-    def __init__(self, model: BlockDiffusionModel, limits: Limits = Limits()) -> None:
+    def __init__(self, model: BlockDiffusionModel, limits: Limits = Limits()) -> None:  # noqa: B008 - frozen
         if model.tokenizer is None:
             raise ValueError("the model has no tokenizer: load it from a directory that holds one")
         self.model, self.limits, self.device = model, limits, model.device
