@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,8 @@ from blockdiff.engine.network import Network, prepared
 from blockdiff.engine.pages import OutOfPages, Pages, Table
 from blockdiff.engine.ragged import Piece
 from blockdiff.engine.stream import TextStream
+from blockdiff.layout import Layout, TokenMap
+from blockdiff.loading import load
 from blockdiff.model import BlockDiffusionModel
 from blockdiff.tokenizer import train_tokenizer
 
@@ -487,17 +490,150 @@ def test_a_record_does_not_keep_a_model_alive(monkeypatch):
     assert gone() is None
 
 
-def test_laid_out_weights_are_the_same_weights(tmp_path):
-    model = model_of().float()
-    before = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
-    generate(model, [Request((5, 9), 8, 4, POLICIES["fixed_count"])])
-    for name, tensor in model.backbone.state_dict().items():
-        assert torch.equal(tensor, before[name])
-    model.save(tmp_path / "model")
-    from blockdiff.loading import load
+def test_the_record_follows_weights_that_are_replaced(monkeypatch):
+    monkeypatch.setattr(network_module, "WARM_UP", 0)
+    model = model_of()
+    request = Request((5, 9, 11), 30, 5, POLICIES["fixed_count"], Sampling(1.0), seed=3)
+    before = engine_after(model, request)
+    layer = model.backbone.model.layers[0].mlp.down_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach() * 3)
+    changed = engine_after(model, request)
+    monkeypatch.setattr(network_module, "WARM_UP", 10**9)
+    assert engine_after(model_copy(model), request) == changed != before
 
-    for name, tensor in load(tmp_path / "model").backbone.state_dict().items():
-        assert torch.equal(tensor, before[name])
+
+def model_copy(model: BlockDiffusionModel) -> BlockDiffusionModel:
+    copy = model_of()
+    copy.backbone.load_state_dict(model.backbone.state_dict())
+    return copy
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_after_decoding_a_model_trains_and_saves_as_before(tied, tmp_path):
+    """The copies that decoding lays out for itself are its own."""
+    models = [model_of(tie_word_embeddings=tied).float() for _ in range(2)]
+    generate(models[0], [Request((5, 9), 40, 4, POLICIES["fixed_count"])])
+    assert Network.of(models[0])._records
+    gradients = []
+    for model in models:
+        tokens = TokenMap.from_layouts([[Layout(2, (4,))]])
+        torch.autograd.backward(model(torch.arange(5, 11)[None], tokens)[:, :30].square().sum())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.backbone.parameters() if p.grad is not None]))
+        assert all(parameter.is_contiguous() for parameter in model.parameters())
+    assert torch.equal(*gradients)
+    models[0].save(tmp_path / "model")
+    again = load(tmp_path / "model").backbone.state_dict()
+    for name, tensor in models[1].backbone.state_dict().items():
+        assert torch.equal(again[name], tensor)
+
+
+def test_engines_in_two_threads_do_not_meet(monkeypatch):
+    monkeypatch.setattr(network_module, "WARM_UP", 0)
+    models = [model_of(), model_of(num_hidden_layers=2)]
+    request = Request((5, 9, 11), 60, 5, POLICIES["fixed_count"], Sampling(1.0), seed=3)
+    expected = [engine_after(model, request) for model in models]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda model: [engine_after(model, request) for _ in range(4)], models))
+    assert found == [[own] * 4 for own in expected]
+
+
+# ---- what callers do
+
+
+def test_callbacks_may_cancel_and_raise():
+    """They are called when an iteration is whole: nobody else's text suffers."""
+    model = model_of()
+    requests = [Request((5, 9, n), 24, 4, POLICIES["fixed_count"], seed=n) for n in range(4)]
+    expected = [seen(generate(model, [request])[0]) for request in requests]
+    engine, jobs = Engine(model, MANY), []
+    heard = {"cancelled": 0, "raised": 0}
+
+    def cancel(piece: str) -> None:
+        heard["cancelled"] += 1
+        engine.cancel(jobs[1])
+
+    def once(piece: str) -> None:
+        heard["raised"] += 1
+        if heard["raised"] == 1:
+            raise KeyError("a caller's own fault")
+
+    for number, request in enumerate(requests):
+        jobs.append(engine.add(request, {1: cancel, 2: once}.get(number)))
+    raised = 0
+    while engine.busy:
+        try:
+            engine.step()
+        except KeyError:
+            raised += 1
+    assert (heard["cancelled"], raised) == (1, 1)
+    assert jobs[1].output is None
+    assert [seen(jobs[n].output) for n in (0, 2, 3)] == [expected[n] for n in (0, 2, 3)]
+    assert engine.pages.in_use == 0
+
+
+def test_particles_are_served_together_however_few_requests_may_run():
+    model = model_of()
+    request = Request((5, 9), 12, 4, POLICIES["self_rewarding_smc"], Sampling(1.0), seed=1)
+    expected = seen(generate(model, [request])[0])
+    for limits in (Limits(requests=1), Limits(requests=2, page_size=3), Limits(pages=60, page_size=3)):
+        assert seen(generate(model, [request], limits=limits)[0]) == expected
+
+
+@pytest.mark.parametrize(
+    "name", "self_rewarding_smc guided draft_then_refine adablock klass soft_masked remdm stability_weighted".split()
+)
+def test_special_policies_under_scarcity(name):
+    """Particles, guidance, a second stage, planned blocks, memory of earlier steps: preempted, and still the same."""
+    policy = POLICIES[name]
+    model = model_of()
+    requests = [Request((5, 9, n), 14, 4, policy, Sampling(1.0), seed=n) for n in range(5)]
+    expected = [seen(generate(model, [request])[0]) for request in requests]
+    engine = Engine(model, Limits(pages=48, page_size=3))
+    jobs = [engine.add(request) for request in requests]
+    while engine.busy:
+        engine.step()
+    assert [seen(job.output) for job in jobs] == expected
+    assert engine.pages.in_use == 0
+    assert engine.preemptions > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": (5, 10**6)}, "token 1000000 is none of the model's"),
+        ({"prompt": (-1,)}, "token -1 is none"),
+        ({"forbidden": (10**6,)}, "is none of the model's"),
+        ({"given": (None, 10**6)}, "is none of the model's"),
+        ({"seed": 2**63}, "does not fit 64 bits"),
+    ],
+)
+def test_what_would_break_a_pass_is_refused_before(change, message):
+    engine = Engine(model_of())
+    with pytest.raises(ValueError, match=message):
+        engine.add(replace(Request((5,), 4), **change))
+    assert not engine.busy
+
+
+@pytest.mark.parametrize("change", [{"requests": 0}, {"page_size": 0}, {"clean_tokens": 0}, {"pages": -1}])
+def test_impossible_limits_are_refused(change):
+    with pytest.raises(ValueError, match="limits"):
+        Limits(**change)
+
+
+def test_whole_texts_must_fit_the_memory():
+    engine = Engine(model_of(), Limits(pages=8, page_size=4, text_pages=16))
+    with pytest.raises(ValueError, match="the engine's memory holds 32"):
+        engine.add(Request((5,), 4, 2))
+
+
+def test_rotary_frequencies_that_follow_the_length_are_served_alone():
+    """transformers chooses longrope's factors by the largest position of a pass: a neighbour's, were there one."""
+    factors = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32}
+    factors |= {"short_factor": [1.0] * 4, "long_factor": [9.0] * 4, "factor": 4.0}
+    model = model_of(rope_parameters=factors, max_position_embeddings=128)
+    requests = [Request((5,) * length, 12, 4, POLICIES["fixed_count"], seed=length) for length in (3, 90)]
+    together = [seen(output) for output in generate(model, requests)]
+    assert together == [seen(generate(model, [request])[0]) for request in requests]
 
 
 # ---- text

@@ -63,6 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target, sums = ctx.saved_tensors
         to_hidden, to_weight, to_bias = torch.empty_like(hidden), None, None
+        whole = len(hidden) <= ctx.rows
         for at in range(0, len(hidden), ctx.rows):
             here = slice(at, at + ctx.rows)
             logits = _logits(hidden[here], weight, bias, ctx.excluded) if ctx.kept is None else ctx.kept
@@ -74,8 +75,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             share = share.to(weight.dtype)
             to_hidden[here] = share @ weight
             if ctx.needs_input_grad[1]:
-                to_weight = share.T @ hidden[here] if to_weight is None else to_weight.addmm_(share.T, hidden[here])
+                part = share.T @ hidden[here]
+                if not whole:  # many chunks add up: not in a low precision
+                    part = part.to(_precise(part))
+                to_weight = part if to_weight is None else to_weight.add_(part)
         ctx.kept = None  # it is a gradient now
+        to_weight = None if to_weight is None else to_weight.to(weight.dtype)
         return to_hidden, to_weight, None if to_bias is None else to_bias.to(bias.dtype), None, None
 
 

@@ -10,6 +10,12 @@ from blockdiff.model import BlockDiffusionModel
 def check(model: BlockDiffusionModel, request: Request) -> None:
     """Refuse a request that this model cannot serve: ValueError."""
     room = model.context_length - len(request.prompt)
+    known = (*request.prompt, *request.forbidden, *(token for token in request.given if token is not None))
+    if min(known) < 0 or max(known) >= model.vocabulary:
+        odd = next(token for token in known if not 0 <= token < model.vocabulary)
+        raise ValueError(f"token {odd} is none of the model's {model.vocabulary}; use its own tokenizer")
+    if not -(2**63) <= request.seed < 2**63:
+        raise ValueError(f"seed {request.seed} does not fit 64 bits; give a smaller one")
     if room < 1:
         raise ValueError(
             f"the prompt has {len(request.prompt)} tokens and the model's context holds {model.context_length}: "

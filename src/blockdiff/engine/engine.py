@@ -12,8 +12,10 @@ prompt that is being read waits for it.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 from blockdiff.decode import MASK
 from blockdiff.engine.checks import check
 from blockdiff.engine.entry import Entry, OnStep, OnText, Phase
-from blockdiff.engine.limits import Limits, slots_for_block, slots_of
+from blockdiff.engine.limits import Limits, rope_follows_length, slots_for_block, slots_of
 from blockdiff.engine.network import Network
 from blockdiff.engine.pages import OutOfPages, Pages, Table
 from blockdiff.engine.ragged import RaggedPass
@@ -46,6 +48,7 @@ class Job:
     output: Output | None = None
     draft: Output | None = None
     began: float = field(default_factory=time.perf_counter)
+    cancelled: bool = False
     blocks: int = 0  # that particles have finished together
 
     @property
@@ -60,10 +63,13 @@ class Engine:
     def __init__(self, model: BlockDiffusionModel, limits: Limits = Limits()) -> None:  # noqa: B008 - frozen
         if model.tokenizer is None:
             raise ValueError("the model has no tokenizer: load it from a directory that holds one")
+        if rope_follows_length(model):  # what shares a pass with a request would turn its positions
+            limits = replace(limits, requests=1, sharing=False)
         self.model, self.limits, self.device = model, limits, model.device
         self.tokenizer = model.tokenizer
         self.pages = Pages(limits.pages, limits.page_size)
         self.network = Network.of(model)
+        self.network.refresh(model)
         self.iterations = 0
         self.preemptions = 0
         self.prompt_tokens = 0  # that were read, and that were found in shared pages
@@ -72,6 +78,8 @@ class Engine:
         self._waiting: list[tuple[Job, Entry]] = []
         self._groups: dict[Kind, Rows] = {}
         self._count = 0
+        self._idle = 0
+        self._told: deque[tuple[Job, Callable[[Any], None], Any]] = deque()
         self._block_causal = model.spec.clean_context == "block_causal"
 
     # ---- the outside
@@ -79,7 +87,7 @@ class Engine:
     def add(self, request: Request, on_text: OnText | None = None, on_step: OnStep | None = None) -> Job:
         """Hand in a request. Raises ValueError for one that the model, or this engine's memory, cannot serve."""
         check(self.model, request)
-        if (most := slots_of(self.model, request, self.limits.page_size)) > self.limits.pages * self.limits.page_size:
+        if (most := slots_of(self.model, request, self.limits)) > self.limits.pages * self.limits.page_size:
             raise ValueError(
                 f"the request needs room for {most} tokens and the engine's memory holds "
                 f"{self.limits.pages * self.limits.page_size}; ask for less, or give the engine more pages"
@@ -91,7 +99,8 @@ class Engine:
         return job
 
     def cancel(self, job: Job) -> None:
-        """Forget a request; its pages are free at once."""
+        """Forget a request; its pages are free at once. Between steps, or from a callback."""
+        job.cancelled = True
         self._jobs.pop(job.number, None)
         self._waiting = [(other, entry) for other, entry in self._waiting if other is not job]
         for entry in job.entries:
@@ -133,15 +142,30 @@ class Engine:
             for share in shares:
                 if share.rows.pace is not None:
                     share.rows.pace.tick(share.kept, seconds)
-        return finished + self._sweep()
+        finished += self._sweep()
+        self._idle = 0 if shares or finished else self._idle + 1
+        if self.busy and self._idle > 100:
+            raise RuntimeError("the engine has requests and serves none of them: a fault of its own, please report it")
+        self._call()
+        return finished
+
+    def _tell(self, job: Job, call: Callable[[Any], None], what: Any) -> None:
+        self._told.append((job, call, what))
+
+    def _call(self) -> None:
+        """Callbacks, when the iteration is whole: they may raise, or cancel."""
+        while self._told:
+            job, call, what = self._told.popleft()
+            if not job.cancelled:
+                call(what)
 
     # ---- entering
 
     def _enlist(self, job: Job, request: Request) -> None:
         for own in particles(request):
             stream = TextStream(self.tokenizer, own.prompt, own.stop)
-            on_text = None if job.silent else job.on_text
-            on_step = None if job.silent else job.on_step
+            on_text = None if job.silent or job.on_text is None else partial(self._tell, job, job.on_text)
+            on_step = None if job.silent or job.on_step is None else partial(self._tell, job, job.on_step)
             entry = Entry(own, job.number, self.model.context_length, stream, on_text, on_step)
             job.entries.append(entry)
             self._waiting.append((job, entry))
@@ -149,8 +173,10 @@ class Engine:
     def _admit(self) -> None:
         """Take in who has waited longest, while there are pages; nobody overtakes."""
         reading = [entry for rows in self._groups.values() for entry in rows.entries if entry.pending > 1]
-        while self._waiting and self.running < self.limits.requests:
-            entry = self._waiting[0][1]
+        while self._waiting:
+            job, entry = self._waiting[0]
+            if self.running >= self.limits.requests and not any(own.table.pages for own in job.entries):
+                return  # but particles of a request that runs go with it: they wait for one another
             marks = entry.marks(self._block_causal)
             if self.limits.sharing and self._comes(marks[:-1], reading):
                 return
@@ -181,7 +207,7 @@ class Engine:
 
     def _reserved(self, entry: Entry, marks: Sequence[Any]) -> bool:
         """Give an entry its pages, shared ones first; False, and nothing taken, where there are too few."""
-        guided = "unconditional" in entry.request.policy.needs
+        guided = entry.guided
         # the last token is always read: its logits, or the block behind it, are wanted
         shared = self.pages.adopt(entry.table, marks[:-1]) if self.limits.sharing and not guided else 0
         try:
@@ -342,7 +368,7 @@ class Engine:
     def _file(self, entry: Entry, *, ended: bool = False) -> None:
         """Offer what an entry has written to others."""
         size = self.limits.page_size
-        if self.limits.sharing and entry.shadow is None and (ended or entry.table.written // size > entry.table.filed):
+        if self.limits.sharing and not entry.guided and (ended or entry.table.written // size > entry.table.filed):
             self.pages.file(entry.table, entry.marks(self._block_causal), ended=ended)
 
     # ---- leaving
@@ -377,7 +403,7 @@ class Engine:
         job.output = output
         output.seconds = time.perf_counter() - job.began
         if job.silent and job.on_text is not None and output.text:
-            job.on_text(output.text)
+            self._tell(job, job.on_text, output.text)
         return True
 
     def _release(self, entry: Entry) -> None:

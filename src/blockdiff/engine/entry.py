@@ -57,6 +57,11 @@ class Entry:
         """Tokens that it may still write."""
         return self.request.max_new_tokens - len(self.output.tokens)
 
+    @property
+    def guided(self) -> bool:
+        """Whether a second text, with the prompt hidden, is read beside it."""
+        return "unconditional" in self.request.policy.needs
+
     def starts(self) -> list[int]:
         """The start of each token's block; a prompt token is a block of its own."""
         starts = list(range(len(self.request.prompt)))

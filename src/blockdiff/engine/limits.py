@@ -25,6 +25,13 @@ class Limits:
     sharing: bool = True
     text_pages: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("page_size", "clean_tokens", "requests"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"limits: {name} is {getattr(self, name)}; give 1 or more")
+        if min(self.pages, self.text_pages) < 0:
+            raise ValueError("limits: pages and text_pages cannot be negative")
+
 
 def slots_for_block(request: Request, length: int) -> int:
     """Slots that a text of `length` tokens needs for its next block."""
@@ -32,10 +39,11 @@ def slots_for_block(request: Request, length: int) -> int:
     return length + request.block_size * (1 + ahead)
 
 
-def slots_of(model: BlockDiffusionModel, request: Request, page_size: int) -> int:
+def slots_of(model: BlockDiffusionModel, request: Request, limits: Limits) -> int:
     """Slots that a request may come to need."""
     end = min(len(request.prompt) + request.max_new_tokens, model.context_length)
-    return texts_of(model, request) * (slots_for_block(request, end) + page_size)
+    own = max(slots_for_block(request, end) + limits.page_size, limits.text_pages * limits.page_size)
+    return texts_of(model, request) * own
 
 
 def texts_of(model: BlockDiffusionModel, request: Request) -> int:
@@ -46,9 +54,18 @@ def texts_of(model: BlockDiffusionModel, request: Request) -> int:
 def limits_for(model: BlockDiffusionModel, requests: Sequence[Request], limits: Limits) -> Limits:
     """These limits with the pages that all the requests need at once: as many for every text, unless lengths differ so
     much that this would take twice the memory."""
-    pages = [-(-slots_of(model, request, limits.page_size) // limits.page_size) for request in requests]
+    pages = [-(-slots_of(model, request, limits) // limits.page_size) for request in requests]
     texts = [texts_of(model, request) for request in requests]
     most = max(-(-count // own) for count, own in zip(pages, texts, strict=True))
     if most * sum(texts) <= 2 * sum(pages):
         return replace(limits, pages=most * sum(texts), text_pages=most)
     return replace(limits, pages=sum(pages))
+
+
+def rope_follows_length(model: BlockDiffusionModel) -> bool:
+    """Whether transformers chooses the rotary frequencies of a pass by its largest position (longrope, dynamic)."""
+    config = model.backbone.config.get_text_config(decoder=True)
+    settings = [getattr(config, name, None) or {} for name in ("rope_parameters", "rope_scaling")]
+    nested = [value for own in settings for value in own.values() if isinstance(value, dict)]
+    kinds = {own.get("rope_type", own.get("type")) for own in (*settings, *nested)}
+    return bool(kinds & {"longrope", "dynamic"})

@@ -9,6 +9,7 @@ give what the code gives, and off the CPU, the code runs as it is.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from blockdiff.engine.ragged import Piece, RaggedPass
 from blockdiff.model import BlockDiffusionModel, Streams
 
 WARM_UP = 24  # passes of a model before recording pays
+LAID_OUT = 250_000_000  # weights of linear layers that are kept a second time, laid out for products of few tokens
 _library = torch.library.Library("blockdiff", "DEF")
 _library.define(
     "ragged_attention(Tensor query, Tensor key, Tensor value, int layer, int? window, float scale, float? softcap, "
@@ -31,10 +33,13 @@ _library.define(
 )
 
 
-class _Current:
-    """The pass that is running: a recorded operation can carry numbers and tensors, but no object."""
+class _Current(threading.local):
+    """The pass that this thread runs: a recorded operation can carry numbers and tensors, but no object."""
 
-    seen: ClassVar[PagedVisibility | None] = None
+    seen: PagedVisibility | None = None
+
+
+_current = _Current()
 
 
 def _ragged_attention(
@@ -47,8 +52,8 @@ def _ragged_attention(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    assert _Current.seen is not None
-    return _Current.seen.attend(layer, query, key, value, window, scale, softcap, sinks)
+    assert _current.seen is not None
+    return _current.seen.attend(layer, query, key, value, window, scale, softcap, sinks)
 
 
 _library.impl("ragged_attention", _ragged_attention, "CPU")
@@ -85,25 +90,16 @@ class _Pass(nn.Module):
 
 @contextmanager
 def prepared(model: BlockDiffusionModel) -> Iterator[None]:
-    """A model as decoding wants it: in evaluation mode, adapters summed up, weights laid out for few tokens."""
+    """A model as decoding wants it: in evaluation mode, adapters summed up, records of other weights forgotten."""
     was_training = model.training
     model.eval()
     if model.adapter is not None:
         model.adapter.prepare()
-    if model.device.type == "cpu" and model.dtype is torch.float32:
-        _lay_out(model)
+    Network.of(model).refresh(model)
     try:
         yield
     finally:
         model.train(was_training)
-
-
-def _lay_out(model: BlockDiffusionModel) -> None:
-    """Weights of linear layers column by column, same numbers under the same shapes: a product of few tokens with them
-    takes a third less time on a CPU, whose library would otherwise turn them round in every call."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module.weight.is_contiguous() and min(module.weight.shape) > 1:
-            module.weight.data = module.weight.data.t().contiguous().t()
 
 
 class Network:
@@ -113,11 +109,20 @@ class Network:
 
     def __init__(self) -> None:
         self.passes = 0
-        self._records: dict[Any, Any] = {}
+        self._records: dict[Streams, Any] = {}
+        self._of: tuple[Any, ...] = ()
+        self._laid_out: dict[int, nn.Parameter] | None = None
 
     @classmethod
     def of(cls, model: BlockDiffusionModel) -> Network:
         return cls._known.setdefault(model, cls())
+
+    def refresh(self, model: BlockDiffusionModel) -> None:
+        """Forget what was recorded of other weights or another structure."""
+        found = _fingerprint(model)
+        if found != self._of:
+            self._of, self._records = found, {}
+            self._laid_out = {} if _worth_laying_out(model) else None
 
     def run(
         self,
@@ -133,50 +138,85 @@ class Network:
         self.passes += 1
         streams: Streams = "noisy" if clean == 0 else "clean" if clean == len(ids) else "both"
         record = None
-        if blend is None and self.passes > WARM_UP and ids.device.type == "cpu":
+        ready = self.passes > WARM_UP or self._laid_out is not None
+        if blend is None and ready and ids.device.type == "cpu":
             record = self._record(model, streams)
         if record is None:
             return model.read_rows(ids, position, read, seen, streams, clean, blend)
-        _Current.seen = seen
+        _current.seen = seen
         try:
             logits: Tensor = record(ids, position, read, ids[:clean])
         finally:
-            _Current.seen = None
+            _current.seen = None
         return logits
-
-    @staticmethod
-    def _dtype(model: BlockDiffusionModel) -> torch.dtype:
-        weight = model.backbone.get_input_embeddings().weight  # `model.dtype` asks every parameter
-        assert isinstance(weight, Tensor)
-        return weight.dtype
 
     def _record(self, model: BlockDiffusionModel, streams: Streams) -> Any:
         frozen = model.adapter is not None and model.adapter.frozen
-        key = (streams if frozen else "noisy", model.adapter.version if model.adapter else None, self._dtype(model))
-        if key not in self._records:
-            self._records = {k: v for k, v in self._records.items() if k[1:] == key[1:]}
-            self._records[key] = _recorded(model, streams)
-        return self._records[key]
+        name: Streams = streams if frozen else "noisy"
+        if name not in self._records:
+            self._records[name] = _recorded(model, streams, self._laid_out)
+        return self._records[name]
+
+
+def _fingerprint(model: BlockDiffusionModel) -> tuple[Any, ...]:
+    """What a record depends on: which tensors, how often they were changed, and what hangs on the modules."""
+    tensors = [(id(t), t.data_ptr(), t.dtype, _version(t)) for t in (*model.parameters(), *model.buffers())]
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    return (*tensors, *hooks, model.adapter.version if model.adapter else None)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _worth_laying_out(model: BlockDiffusionModel) -> bool:
+    """A second copy of the linear layers, column by column, is worth its memory where they are small."""
+    size = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    return model.device.type == "cpu" and model.dtype is torch.float32 and size <= LAID_OUT
+
+
+@contextmanager
+def _laid_out(model: BlockDiffusionModel, copies: dict[int, nn.Parameter] | None) -> Iterator[None]:
+    """Within, linear layers have their weights column by column: the same numbers under the same shapes.
+
+    A product of few tokens with them takes a third less time on a CPU, whose library would otherwise turn them round in
+    every call. The model's own weights stay as they are.
+    """
+    held = []
+    for module in model.modules() if copies is not None else ():
+        if isinstance(module, nn.Linear) and min(module.weight.shape) > 1:
+            assert copies is not None
+            weight = module._parameters["weight"]
+            assert weight is not None
+            if id(weight) not in copies:
+                copies[id(weight)] = nn.Parameter(weight.detach().t().contiguous().t(), requires_grad=False)
+            held.append((module, weight))
+            module._parameters["weight"] = copies[id(weight)]
+    try:
+        yield
+    finally:
+        for module, weight in held:
+            module._parameters["weight"] = weight
 
 
 @torch.inference_mode()
-def _recorded(model: BlockDiffusionModel, streams: Streams) -> Any:
+def _recorded(model: BlockDiffusionModel, streams: Streams, copies: dict[int, nn.Parameter] | None) -> Any:
     """The record of a model's pass; None where there can be none."""
     examples = [_example(model, streams, count) for count in (5, 3, 1 if streams != "both" else 2)]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _laid_out(model, copies):
             warnings.simplefilter("ignore")  # of deprecated names
             warnings.simplefilter("error", torch.jit._trace.TracerWarning)
-            _Current.seen = examples[0][0]
+            _current.seen = examples[0][0]
             record = torch.jit.trace(_Pass(model, streams).eval(), examples[0][1], check_trace=False)
-        for seen, inputs in examples:
-            _Current.seen = seen
-            if not torch.equal(record(*inputs), _plain(model, seen, inputs, streams)):
-                return None
+            for seen, inputs in examples:
+                _current.seen = seen
+                if not torch.equal(record(*inputs), _plain(model, seen, inputs, streams)):
+                    return None
     except Exception:  # whatever keeps a model from being recorded, it runs without
         return None
     finally:
-        _Current.seen = None
+        _current.seen = None
     return record
 
 

@@ -24,7 +24,8 @@ class Request:
     policy guessed and checked in one pass (`engine.stepwise`). constraint: what the text must match.
 
     The output is a function of the request and the model alone, never of the batch; but for how much an adaptive
-    lossless request drafted, which follows the clock and changes the number of forwards, never the text.
+    lossless request drafted, which follows the clock and changes the number of forwards, never the text, and for the
+    positions that stepwise decoding and drafting ahead fed.
     """
 
     prompt: tuple[int, ...]

@@ -10,7 +10,7 @@ import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blockdiff.engine.entry import Entry
-from blockdiff.engine.pages import OutOfPages, Pages
+from blockdiff.engine.pages import OutOfPages, Pages, Table
 from blockdiff.engine.request import Output, Request
 from blockdiff.engine.stream import TextStream
 from blockdiff.rng import uniform
@@ -50,8 +50,9 @@ def resample(live: Sequence[Entry], seed: int, blocks: int, pages: Pages) -> lis
     for entry, (tokens, output, stream, table, shadow), same in after:
         if not same:
             entry.tokens, entry.output, entry.stream = list(tokens), copy.deepcopy(output), copy.copy(stream)
+            entry.table, entry.shadow = Table(), None if shadow is None else Table()
             try:
-                entry.table, entry.shadow = pages.fork(table, len(tokens)), None
+                entry.table = pages.fork(table, len(tokens))
                 entry.shadow = None if shadow is None else pages.fork(shadow, len(tokens))
             except OutOfPages:
                 without.append(entry)
