@@ -18,6 +18,7 @@ from test_generation import TEXT
 from blockdiff.decode import POLICIES, Sampling, parse
 from blockdiff.engine import Engine, Limits, Request, generate
 from blockdiff.engine import network as network_module
+from blockdiff.engine.limits import texts_of
 from blockdiff.engine.network import Network, prepared
 from blockdiff.engine.pages import OutOfPages, Pages, Table
 from blockdiff.engine.ragged import Piece
@@ -580,7 +581,17 @@ def test_particles_are_served_together_however_few_requests_may_run():
 
 
 @pytest.mark.parametrize(
-    "name", "self_rewarding_smc guided draft_then_refine adablock klass soft_masked remdm stability_weighted".split()
+    "name",
+    [
+        "self_rewarding_smc",
+        "guided",
+        "draft_then_refine",
+        "adablock",
+        "klass",
+        "soft_masked",
+        "remdm",
+        "stability_weighted",
+    ],
 )
 def test_special_policies_under_scarcity(name):
     """Particles, guidance, a second stage, planned blocks, memory of earlier steps: preempted, and still the same."""
@@ -588,7 +599,7 @@ def test_special_policies_under_scarcity(name):
     model = model_of()
     requests = [Request((5, 9, n), 14, 4, policy, Sampling(1.0), seed=n) for n in range(5)]
     expected = [seen(generate(model, [request])[0]) for request in requests]
-    engine = Engine(model, Limits(pages=48, page_size=3))
+    engine = Engine(model, Limits(pages=14 * texts_of(model, requests[0]), page_size=3))
     jobs = [engine.add(request) for request in requests]
     while engine.busy:
         engine.step()

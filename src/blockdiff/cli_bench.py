@@ -42,15 +42,17 @@ def bench_decode(
     from blockdiff.runtime import record, use_available_threads
 
     use_available_threads()
+    _drawable(plot)
     batches, lengths = whole_numbers(batch, "--batch"), whole_numbers(new_tokens, "--new-tokens")
     if path is None:
         if data is not None or policy or judge or quality:
             raise ValueError("--data, --policy, --judge and --quality are about a checkpoint's texts: give its path")
         sizes = whole_numbers(block_sizes or "16", "--block-sizes")
         steps = whole_numbers(tokens_per_step, "--tokens-per-step")
-        for option, values in (("batch", batches), ("new-tokens", lengths), ("block-sizes", sizes), ("tokens", steps)):
-            if min(values) < 1:
-                raise ValueError(f"--{option}: {min(values)} is not possible; give 1 or more")
+        _positive("--batch", batches)
+        _positive("--new-tokens", lengths)
+        _positive("--block-sizes", sizes)
+        _positive("--tokens-per-step", steps)
         _schedules(
             [(b, n, size, tuple(steps)) for n in lengths for b in batches for size in sizes],
             prompt_tokens,
@@ -99,6 +101,7 @@ def bench_decode(
             on_progress=lambda done: bar.update(task, completed=done),
         )
     out.print(bench_table(rows))
+    _say_threads()
     areas = areas_of(rows)
     for size, area in areas.items() if quality else ():
         out.print(f"area under quality over parallelism (AUP), policies at b={size}: {area:.1f}")
@@ -135,6 +138,7 @@ def _schedules(
             on_progress=lambda done: bar.update(task, completed=done),
         )
     out.print(schedule_table(rows))
+    _say_threads()
     if plot is not None:
         schedule_plot(rows, plot)
     write_result(json_file, record("bench decode", seed, model="random llama, 8M parameters", rows=rows))
@@ -149,6 +153,7 @@ def bench_serve(
     prefix: Annotated[int, typer.Option(help="Tokens that all prompts begin with.", min=0)] = 0,
     pages: Annotated[int, typer.Option(help="Pages of 16 tokens; 0: as many as all need.", min=0)] = 0,
     rounds: Annotated[int, typer.Option(help="Counted rounds.", min=1)] = 3,
+    plot: Annotated[Path | None, typer.Option(help="Draw throughput and waiting (.png, .svg, .pdf).")] = None,
     seed: Seed = 0,
     json_file: JsonFile = None,
 ) -> None:
@@ -157,13 +162,16 @@ def bench_serve(
 
     from blockdiff.bench import bench_serve as measure
     from blockdiff.bench import ragged_requests, random_model
+    from blockdiff.bench.costs import serve_plot
     from blockdiff.bench.tables import serve_table
     from blockdiff.engine import Limits
     from blockdiff.runtime import record, use_available_threads
 
     use_available_threads()
+    _drawable(plot)
     model = random_model() if path is None else load_model(path)
     sizes = whole_numbers(block_sizes, "--block-sizes")
+    _positive("--block-sizes", sizes)
     made = ragged_requests(requests, model.vocabulary - 1, sizes, new_tokens, prefix, seed)
     with Bar(console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("serving", total=1.0)
@@ -176,6 +184,9 @@ def bench_serve(
             on_progress=lambda done: bar.update(task, completed=done),
         )
     out.print(serve_table(rows))
+    _say_threads()
+    if plot is not None:
+        serve_plot(rows, plot)
     name = path or "random llama, 8M parameters"
     write_result(json_file, record("bench serve", seed, model=name, block_sizes=sizes, prefix=prefix, rows=rows))
 
@@ -202,8 +213,10 @@ def bench_train(
     from blockdiff.runtime import record, use_available_threads
 
     use_available_threads()
-    if batch is not None and batch < 1:
-        raise ValueError("--batch: give 1 row or more")
+    _drawable(plot)
+    _positive("--batch", [1 if batch is None else batch])
+    _positive("--lengths", whole_numbers(lengths, "--lengths"))
+    _positive("--block-size", whole_numbers(block_size, "--block-size"))
     cases = [
         Case(length, batch or max(1, tokens // length), size, draws, model)
         for size in whole_numbers(block_size, "--block-size")
@@ -213,6 +226,26 @@ def bench_train(
         task = bar.add_task("training", total=1.0)
         rows = measure(cases, rounds=rounds, memory=memory, on_progress=lambda done: bar.update(task, completed=done))
     out.print(cost_table(rows))
+    _say_threads()
     if plot is not None:
         cost_plot(rows, plot)
     write_result(json_file, record("bench train", 0, model=model or "random llama, 8M parameters", rows=rows))
+
+
+def _positive(option: str, values: list[int]) -> None:
+    if min(values) < 1:
+        raise ValueError(f"{option}: {min(values)} is not possible; give 1 or more")
+
+
+def _drawable(plot: Path | None) -> None:
+    """Refuse a picture that could not be drawn before the time is spent."""
+    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot {plot}: give a file that ends in .png, .svg or .pdf")
+
+
+def _say_threads() -> None:
+    import torch
+
+    from blockdiff.runtime import record
+
+    out.print(f"{torch.get_num_threads()} threads, {record('', 0)['device']}; medians over rounds, least and largest")

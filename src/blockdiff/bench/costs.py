@@ -78,3 +78,23 @@ def schedule_plot(rows: Rows, file: Path) -> None:
         axes.grid(alpha=0.3)
     speed.legend(fontsize=7)
     figure.savefig(file, dpi=120)
+
+
+def serve_plot(rows: Rows, file: Path) -> None:
+    """Throughput over one request at a time, with its range, and how long requests took and waited for first text."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    throughput, waiting = figure.subplots(1, 2)
+    ways = [row["way"] for row in rows]
+    found = [row["throughput_over_one"] for row in rows]
+    below = [row["throughput_over_one"] - row["throughput_over_one_range"][0] for row in rows]
+    above = [row["throughput_over_one_range"][1] - row["throughput_over_one"] for row in rows]
+    throughput.bar(ways, found, yerr=(below, above), capsize=4)
+    throughput.set_ylabel("throughput, one request at a time = 1")
+    for name, shift in (("first_text_seconds", -0.2), ("request_seconds", 0.2)):
+        waiting.bar([at + shift for at in range(len(ways))], [row[name] for row in rows], 0.4, label=name[:-8])
+    waiting.set_xticks(range(len(ways)), ways)
+    waiting.set_ylabel("seconds after arrival, median")
+    waiting.legend(fontsize=8)
+    figure.savefig(file, dpi=120)

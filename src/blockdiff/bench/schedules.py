@@ -76,8 +76,11 @@ def bench_schedules(
     rows: list[dict[str, Any]] = []
     for number, schedule in enumerate(schedules):
         limit = network.config.max_position_embeddings
-        if schedule.prompt_tokens + schedule.new_tokens > limit:
-            raise ValueError(f"{schedule.new_tokens} new tokens do not fit the network's context of {limit}")
+        if schedule.prompt_tokens + schedule.new_tokens + schedule.block_size > limit:
+            raise ValueError(
+                f"{schedule.prompt_tokens} prompt tokens, {schedule.new_tokens} new ones and a block of "
+                f"{schedule.block_size} do not fit the network's context of {limit}"
+            )
         timed = _time(schedule, network, models, rounds, seed)
         peaks = {way: peak_memory(_alone, schedule, way, seed) for way in timed} if memory else {}
         rows += [_row(schedule, way, timed) | _peaks(peaks.get(way)) for way in timed]

@@ -238,7 +238,12 @@ def _network(case: Case) -> Any:
     if case.path is None:
         network: Any = random_network()
     else:
-        network = AutoModelForCausalLM.from_pretrained(case.path)
+        try:
+            network = AutoModelForCausalLM.from_pretrained(case.path)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"{case.path}: no model can be read there ({str(error).splitlines()[0]})"
+            ) from error
     limit = getattr(network.config, "max_position_embeddings", case.length)
     if case.length > limit:
         raise ValueError(f"length {case.length} does not fit the model's context of {limit}; give shorter ones")

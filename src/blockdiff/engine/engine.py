@@ -171,29 +171,36 @@ class Engine:
             self._waiting.append((job, entry))
 
     def _admit(self) -> None:
-        """Take in who has waited longest, while there are pages; nobody overtakes."""
+        """Take in who has waited longest, while there are pages; nobody overtakes. Particles come in together."""
         reading = [entry for rows in self._groups.values() for entry in rows.entries if entry.pending > 1]
         while self._waiting:
-            job, entry = self._waiting[0]
-            if self.running >= self.limits.requests and not any(own.table.pages for own in job.entries):
-                return  # but particles of a request that runs go with it: they wait for one another
-            marks = entry.marks(self._block_causal)
-            if self.limits.sharing and self._comes(marks[:-1], reading):
+            job = self._waiting[0][0]
+            own = [entry for other, entry in self._waiting if other is job]
+            if self.running and self.running + len(own) > self.limits.requests:
                 return
-            if not self._reserved(entry, marks):
+            marks = own[0].marks(self._block_causal)
+            if len(own) == 1 and self.limits.sharing and self._comes(marks[:-1], reading):
                 return
-            self._waiting.pop(0)
-            kind = Kind.of(self.model, entry.request)
-            if entry.phase is not Phase.MEET:
-                left = entry.pending - kind.lag
-                at_once = not kind.first_known and (
-                    left <= 0 or (self.limits.fused and left <= self.limits.clean_tokens)
-                )
-                entry.phase = Phase.OPEN if at_once else Phase.FEED
-            if kind not in self._groups:
-                self._groups[kind] = Rows(self.model, kind)
-            self._groups[kind].join(entry)
-            reading.append(entry)
+            if not all(self._reserved(entry) for entry in own):
+                for entry in own:
+                    self._release(entry)
+                return
+            self._waiting = [(other, entry) for other, entry in self._waiting if other is not job]
+            for entry in own:
+                self._enter(entry)
+            reading += own
+
+    def _enter(self, entry: Entry) -> None:
+        kind = Kind.of(self.model, entry.request)
+        self.shared_tokens += entry.table.written
+        self.prompt_tokens += entry.pending
+        if entry.phase is not Phase.MEET:
+            left = entry.pending - kind.lag
+            at_once = not kind.first_known and (left <= 0 or (self.limits.fused and left <= self.limits.clean_tokens))
+            entry.phase = Phase.OPEN if at_once else Phase.FEED
+        if kind not in self._groups:
+            self._groups[kind] = Rows(self.model, kind)
+        self._groups[kind].join(entry)
 
     def _comes(self, marks: Sequence[Any], reading: list[Entry]) -> bool:
         """Whether a longer beginning of these tokens than is filed now is being read for somebody else."""
@@ -205,23 +212,19 @@ class Engine:
                 return True
         return False
 
-    def _reserved(self, entry: Entry, marks: Sequence[Any]) -> bool:
-        """Give an entry its pages, shared ones first; False, and nothing taken, where there are too few."""
-        guided = entry.guided
-        # the last token is always read: its logits, or the block behind it, are wanted
-        shared = self.pages.adopt(entry.table, marks[:-1]) if self.limits.sharing and not guided else 0
+    def _reserved(self, entry: Entry) -> bool:
+        """Give an entry its pages, shared ones first; False where there are too few."""
+        marks = entry.marks(self._block_causal)
+        if self.limits.sharing and not entry.guided:
+            self.pages.adopt(entry.table, marks[:-1])  # the last token is always read: what comes after it is wanted
+        slots = max(slots_for_block(entry.request, len(entry.tokens)), self.limits.text_pages * self.limits.page_size)
         try:
-            slots, whole = slots_for_block(entry.request, len(entry.tokens)), self.limits.text_pages
-            slots = max(slots, whole * self.limits.page_size)
-            self.pages.reserve(entry.table, slots, packed=whole > 0)
-            if guided:
+            self.pages.reserve(entry.table, slots, packed=self.limits.text_pages > 0)
+            if entry.guided:
                 entry.shadow = Table()
-                self.pages.reserve(entry.shadow, slots, packed=whole > 0)
+                self.pages.reserve(entry.shadow, slots, packed=self.limits.text_pages > 0)
         except OutOfPages:
-            self._release(entry)
             return False
-        self.shared_tokens += shared
-        self.prompt_tokens += len(entry.tokens) - shared
         return True
 
     # ---- blocks
@@ -263,15 +266,17 @@ class Engine:
                 return False
 
     def _preempt(self, entry: Entry) -> None:
-        """Take an entry's pages; it goes back to the queue with its tokens."""
+        """Take an entry's pages; it goes back to the queue with its tokens, and other particles of its with it."""
         job = self._jobs[entry.order]
         self.preemptions += 1
-        self._release(entry)
-        again = replace(entry, table=Table(), shadow=None, size=0)
-        job.entries = [again if own is entry else own for own in job.entries]
-        entry.phase = Phase.DONE
         place = sum(other.order <= entry.order for _, other in self._waiting)
-        self._waiting.insert(place, (job, again))
+        for number, own in enumerate(job.entries):
+            if own.phase is not Phase.DONE:
+                self._release(own)
+                job.entries[number] = replace(own, table=Table(), shadow=None, size=0)
+                self._waiting.insert(place, (job, job.entries[number]))
+                place += 1
+                own.phase = Phase.DONE
 
     def _finish(self, rows: Rows, done: list[int]) -> None:
         """Blocks with no mask left: drafts are verified next, the others delivered."""
@@ -307,8 +312,8 @@ class Engine:
                 without = resample(live, job.request.seed, job.blocks, self.pages)
                 for entry in live:
                     entry.phase = Phase.OPEN if fused else Phase.FEED
-                for entry in without:
-                    self._preempt(entry)
+                if without:
+                    self._preempt(live[0])
 
     # ---- the pass
 

@@ -26,27 +26,27 @@ def particles(request: Request) -> list[Request]:
     return [replace(request, seed=int(uniform(request.seed, at, _PARTICLE) * 2**53)) for at in range(count)]
 
 
-def resample(live: Sequence[Entry], seed: int, blocks: int, pages: Pages) -> list[Entry]:
+def resample(live: Sequence[Entry], seed: int, blocks: int, pages: Pages) -> bool:
     """Replace unlikely particles by copies of likely ones, when their effective number is below half of them.
 
     live: those that have not ended, all at the end of a block, their `blocks`-th together. A weight is the probability
-    of what a particle filled since it was last resampled; copies differ in what they draw from now on. Returns those
-    for whose pages there was no room.
+    of what a particle filled since it was last resampled; copies differ in what they draw from now on. True where there
+    was no room for all pages: some of the particles have none then.
     """
     if len(live) < 2:
-        return []
+        return False
     log_weight = torch.tensor(
         [sum(entry.output.log_probabilities) - entry.counted for entry in live], dtype=torch.float64
     )
     weight = log_weight.softmax(0)
     if float(1 / weight.square().sum()) >= len(live) / 2:
-        return []
+        return False
     u = uniform(seed, blocks, torch.arange(len(live)), _RESAMPLE)
     picked = torch.searchsorted(weight.cumsum(0), u).clamp(max=len(live) - 1).tolist()
     before = [(list(entry.tokens), entry.output, entry.stream, entry.table, entry.shadow) for entry in live]
     after = [(live[at], before[source], at == source) for at, source in enumerate(sorted(picked))]
     old = [before[at] for at, source in enumerate(sorted(picked)) if at != source]
-    without = []
+    without = False
     for entry, (tokens, output, stream, table, shadow), same in after:
         if not same:
             entry.tokens, entry.output, entry.stream = list(tokens), copy.deepcopy(output), copy.copy(stream)
@@ -55,7 +55,7 @@ def resample(live: Sequence[Entry], seed: int, blocks: int, pages: Pages) -> lis
                 entry.table = pages.fork(table, len(tokens))
                 entry.shadow = None if shadow is None else pages.fork(shadow, len(tokens))
             except OutOfPages:
-                without.append(entry)
+                without = True
     for *_, table, shadow in old:
         pages.release(table)
         if shadow is not None:
