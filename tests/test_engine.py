@@ -135,6 +135,44 @@ def test_who_came_first_is_served_first():
     assert all(job.output is not None for job in jobs)
 
 
+def test_limits_are_kept():
+    """Requests at once, clean tokens a pass, and which pages are forgotten first."""
+    model = model_of()
+    engine = Engine(model, Limits(pages=200, page_size=4, requests=2, clean_tokens=5, sharing=False))
+    for number in range(5):
+        engine.add(Request(tuple(range(5, 25 + number)), 6, 3, POLICIES["fixed_count"]))
+    running, read = [], []
+    while engine.busy:
+        before = engine.prompt_tokens
+        engine.step()
+        running.append(engine.running)
+        read.append(engine.prompt_tokens - before)
+    assert max(running) == 2
+    assert engine.iterations > 5 * 20 / 2 / 5  # prompts of 20 in bits of 5, two at a time
+    free = Engine(model, Limits(pages=200, page_size=4, sharing=False))
+    for number in range(5):
+        free.add(Request(tuple(range(5, 25 + number)), 6, 3, POLICIES["fixed_count"]))
+    while free.busy:
+        free.step()
+    assert free.iterations < engine.iterations / 3
+
+
+def test_what_was_unused_for_longest_is_forgotten_first():
+    pages = Pages(4, 2)
+    for tokens in ([1, 2], [3, 4], [5, 6]):
+        table = Table()
+        pages.reserve(table, 2)
+        pages.write(0, torch.tensor(pages.slots(table, 0, 2)), torch.ones(2, 1, 1), torch.ones(2, 1, 1))
+        table.written = 2
+        pages.file(table, tokens)
+        pages.release(table)
+    again = Table()
+    pages.adopt(again, [1, 2])  # used again: no longer the oldest
+    pages.release(again)
+    pages.reserve(Table(), 4)
+    assert [pages.matched(tokens) for tokens in ([1, 2], [3, 4], [5, 6])] == [2, 0, 2]
+
+
 def test_cancelled_requests_give_their_pages_back_at_once():
     model = model_of()
     engine = Engine(model, Limits(pages=100, page_size=4))

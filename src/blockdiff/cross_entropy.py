@@ -29,7 +29,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """`cross_entropy` of the logits hidden [R, H] @ weight [V, H] + bias [V], column `excluded` being -inf: [R].
 
-    Gradients reach hidden, weight and bias; under autocast the products run in its precision, as a linear layer's do.
+    Gradients reach hidden, weight and bias, once: there are no second derivatives. Under autocast the products run in
+    its precision, as a linear layer's do.
     """
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
