@@ -23,9 +23,9 @@ class Request:
     given: tokens of the text that are fixed, None where it is to be filled (infilling). stepwise: several steps of the
     policy guessed and checked in one pass (`engine.stepwise`). constraint: what the text must match.
 
-    The output is a function of the request and the model alone, never of the batch; but for how much an adaptive
-    lossless request drafted, which follows the clock and changes the number of forwards, never the text, and for the
-    positions that stepwise decoding and drafting ahead fed.
+    The text is a function of the request and the model alone, never of the batch. How it was cut into blocks and how
+    many forwards it took is, too, but where drafts are ahead or adaptive (the latter follow the clock) and where
+    particles were preempted; `positions` also follow the batch in stepwise decoding.
     """
 
     prompt: tuple[int, ...]
