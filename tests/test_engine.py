@@ -21,7 +21,7 @@ from blockdiff.engine import network as network_module
 from blockdiff.engine.limits import texts_of
 from blockdiff.engine.network import Network, prepared
 from blockdiff.engine.pages import OutOfPages, Pages, Table
-from blockdiff.engine.ragged import Piece
+from blockdiff.engine.ragged import Segment
 from blockdiff.engine.stream import TextStream
 from blockdiff.layout import Layout, TokenMap
 from blockdiff.loading import load
@@ -455,13 +455,13 @@ def test_a_text_grows_beside_its_own_pages():
 def test_quick_masks_are_the_rule(at, count, sees, block_causal):
     """The masks of runs, written down at once, against the one rule of visibility."""
     noisy = sees == "all but the seed" or (sees == "all" and not block_causal)
-    piece = Piece(Table(), at, count, noisy, sees)
+    segment = Segment(Table(), at, count, noisy, sees)
     context = "block_causal" if block_causal else "context_causal"
-    quick = piece.mask(None, context, torch.device("cpu"))
-    rule = piece.visibility(context, torch.device("cpu")).dense(None)
+    quick = segment.mask(None, context, torch.device("cpu"))
+    rule = segment.visibility(context, torch.device("cpu")).dense(None)
     everything = torch.ones_like(rule)
     assert torch.equal(everything if quick is None else quick, rule)
-    window = piece.mask(3, context, torch.device("cpu"))
+    window = segment.mask(3, context, torch.device("cpu"))
     assert window is None or bool((window <= rule).all())
     if at + count > 3 and count > 1:
         assert window is not None

@@ -15,6 +15,7 @@ Shapes: B rows, H heads, G key/value heads, Q queries, K keys, D head size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -35,20 +36,25 @@ class UnsupportedModel(ValueError):
     """A model that cannot do what is asked of it, with the reason and, where one is to blame, the layers."""
 
 
+@dataclass(frozen=True)
+class Scores:
+    """How a layer makes weights of queries and keys: scale, sliding window, soft cap (Gemma 2) and sinks (gpt-oss)."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether fused kernels have it."""
+        return self.softcap is None and self.sinks is None
+
+
 class PagedVisibility(Protocol):
     """Who sees whom in a pass whose keys and values live elsewhere (the engine's pages), and the attention over it."""
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        window: int | None,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """query [B, H, Q, D] with the keys and values [B, G, Q, D] of the same tokens -> [B, H, Q, D]."""
 
 
@@ -149,7 +155,7 @@ def _registered(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, No
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if not isinstance(visibility, Visibility):
             layer = int(module.layer_idx)  # type: ignore[arg-type]
-            out = visibility.attend(layer, query, key, value, sliding_window, scale, softcap, s_aux)
+            out = visibility.attend(layer, query, key, value, Scores(scale, sliding_window, softcap, s_aux))
             return out.transpose(1, 2).contiguous(), None
         visibility.note_layer(getattr(module, "layer_idx", None), sliding_window)
         if visibility.held is not None:

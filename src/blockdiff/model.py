@@ -27,7 +27,7 @@ from blockdiff.coverage import SpanShare
 from blockdiff.cross_entropy import cross_entropy, linear_cross_entropy
 from blockdiff.files import replace_directory
 from blockdiff.layout import TokenMap
-from blockdiff.masks import CLEAN_CONTEXTS, Annealing, AttentionSums, CleanContext, Visibility
+from blockdiff.masks import CLEAN_CONTEXTS, Annealing, CleanContext, Visibility
 from blockdiff.objectives import Alignment
 from blockdiff.reading import Reading
 
@@ -217,37 +217,25 @@ class BlockDiffusionModel(nn.Module):
         read: Tensor | None = None,
         target: Tensor | None = None,
         past: Past | None = None,
-        keep: bool | int = False,
+        keep: bool = False,
         annealing: Annealing | None = None,
-        blend: tuple[Tensor, Tensor] | None = None,
-        attention: AttentionSums | None = None,
     ) -> Tensor:
         """Logits of one pass, or losses.
 
         ids [B, T] with their token map. read [R] picks rows of the flattened [B * T] logits (None: all of them), so
         the head and the last layer run only where somebody looks. target [R]: the result is the cross-entropy of these
         tokens (`objectives.token_losses`) and not the logits, which then need not exist all at once.
-        past holds earlier clean tokens; with `keep` the tokens of this pass
-        join it (a commit), or its first `keep` ones. `annealing` narrows the rule (a training
-        baseline, not for frozen adapters).
-        blend: token ids and weights [B, T, K] whose embeddings take the place of that much of a token's own; attention:
-        collects how much every token is looked at. Returns [R, V] (or [B * T, V]), the [MASK] column -inf, or [R].
+        past holds earlier clean tokens; with `keep` the tokens of this pass join it (a commit). `annealing` narrows
+        the rule (a training baseline, not for frozen adapters). Returns [R, V] (or [B * T, V]), the [MASK] column
+        -inf, or [R].
         """
-        keep = ids.shape[1] if keep is True else int(keep)
         if self.adapter is not None and self.adapter.frozen:
             noisy = int(tokens.noisy[0].sum())
             if not noisy:
                 return self._unadapted_pass(ids, tokens, read, target, past, keep)
             if noisy < ids.shape[1]:
-                if past is None:
-                    return self._frozen_pass(ids, tokens, noisy, read, target)
-                with self.adapter.after(ids.shape[1] - noisy):
-                    return self._pass(ids, tokens, read, target, past, keep)
-        self._blend = blend
-        try:
-            return self._pass(ids, tokens, read, target, past, keep, annealing, attention)
-        finally:
-            self._blend = None
+                return self._frozen_pass(ids, tokens, noisy, read, target)
+        return self._pass(ids, tokens, read, target, past, keep, annealing)
 
     def read_rows(
         self,
@@ -296,10 +284,8 @@ class BlockDiffusionModel(nn.Module):
         past = Past()
         read_clean, read_noisy = row * (width - noisy) + column - noisy, row * noisy + column
         of_clean, of_noisy = (None if target is None else target[rows] for rows in (from_clean, ~from_clean))
-        clean = self._unadapted_pass(
-            ids[:, noisy:], tokens[:, noisy:], read_clean[from_clean], of_clean, past, width - noisy
-        )
-        denoised = self._pass(ids[:, :noisy], tokens[:, :noisy], read_noisy[~from_clean], of_noisy, past, 0)
+        clean = self._unadapted_pass(ids[:, noisy:], tokens[:, noisy:], read_clean[from_clean], of_clean, past, True)
+        denoised = self._pass(ids[:, :noisy], tokens[:, :noisy], read_noisy[~from_clean], of_noisy, past)
         result = torch.empty(len(read), *denoised.shape[1:], dtype=denoised.dtype, device=denoised.device)
         places = torch.arange(len(read), device=read.device)
         result = result.index_copy(0, places[from_clean], clean)
@@ -312,7 +298,7 @@ class BlockDiffusionModel(nn.Module):
         read: Tensor | None,
         target: Tensor | None,
         past: Past | None,
-        keep: int,
+        keep: bool,
     ) -> Tensor:
         assert self.adapter is not None
         with self.adapter.off(), torch.no_grad():
@@ -325,14 +311,13 @@ class BlockDiffusionModel(nn.Module):
         read: Tensor | None,
         target: Tensor | None,
         past: Past | None,
-        keep: int,
+        keep: bool = False,
         annealing: Annealing | None = None,
-        attention: AttentionSums | None = None,
     ) -> Tensor:
         key = tokens if past is None or past.tokens is None else TokenMap.cat(past.tokens, tokens)
-        visibility = Visibility(tokens, key, self.spec.clean_context, self.windows, annealing, attention)
+        visibility = Visibility(tokens, key, self.spec.clean_context, self.windows, annealing)
         fused = target is not None and self.reading.plain_head
-        whole = past is not None or attention is not None or self._checkpoints
+        whole = past is not None or self._checkpoints
         with self.reading.only(read, ids.shape, narrow=not whole, stop=fused):
             output = self.backbone(
                 input_ids=ids,
@@ -344,9 +329,9 @@ class BlockDiffusionModel(nn.Module):
             hidden = self.reading.hidden if fused else None
         if past is not None:
             if keep:
-                past.tokens = key if keep == ids.shape[1] else key[:, : key.shape[1] - ids.shape[1] + keep]
-            if keep < ids.shape[1]:
-                past.cache.crop(keep - ids.shape[1])
+                past.tokens = key
+            else:
+                past.cache.crop(-ids.shape[1])
         if hidden is not None and target is not None:
             head: Any = self.reading.head
             return linear_cross_entropy(hidden, head.weight, head.bias, target, self.spec.mask_id)

@@ -19,15 +19,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from blockdiff.decode import MASK
 from blockdiff.engine.checks import check
 from blockdiff.engine.entry import Entry, OnStep, OnText, Phase
 from blockdiff.engine.limits import Limits, rope_follows_length, slots_for_block, slots_of
 from blockdiff.engine.network import Network
+from blockdiff.engine.pack import Pack
 from blockdiff.engine.pages import OutOfPages, Pages, Table
-from blockdiff.engine.ragged import RaggedPass
 from blockdiff.engine.request import Output, Request, Step
 from blockdiff.engine.rows import Kind, Rows
 from blockdiff.engine.search import best_of, particles, refined, refinement, resample
@@ -318,33 +317,10 @@ class Engine:
     # ---- the pass
 
     def _run(self, shares: list[Share]) -> None:
-        device = self.device
-        clean_at = [at for share in shares for at in share.clean_at]
-        noisy_at = [at for share in shares for at in share.noisy_at]
-        ids = [torch.tensor([i for share in shares for i in share.clean_ids], dtype=torch.int64, device=device)]
-        ids += [part for share in shares for part in share.noisy_ids]
-        read, first = [], 0
-        for share in shares:
-            read += [first + at for at in share.read_clean]
-            first += len(share.clean_at)
-        for share in shares:
-            read += [first + at for at in share.read_noisy]
-            first += len(share.noisy_at)
-        pieces = [p for share in shares for p in share.clean] + [p for share in shares for p in share.noisy]
-        seen = RaggedPass(self.pages, pieces, self.model.spec.clean_context, device)
-        logits = self.network.run(
-            self.model,
-            seen,
-            torch.cat(ids),
-            torch.tensor(clean_at + noisy_at, device=device),
-            torch.tensor(read, dtype=torch.int64, device=device),
-            len(clean_at),
-            self._blend(shares, len(clean_at), len(noisy_at)),
-        )
-        counts = [len(s.read_clean) for s in shares] + [len(s.read_noisy) for s in shares]
-        parts = logits.split(counts)
-        for number, share in enumerate(shares):
-            done, ended = share.take(parts[number], parts[len(shares) + number])
+        pack = Pack.of(shares, self.pages, self.model)
+        parts = pack.split(self.network.run(self.model, pack))
+        for share, (clean, noisy) in zip(shares, parts, strict=True):
+            done, ended = share.take(clean, noisy)
             for row in ended:
                 share.rows.entries[row].phase = Phase.DONE
             self._show(share.rows, share.denoised)
@@ -353,22 +329,6 @@ class Engine:
                 self._file(share.rows.entries[row])
             for row in share.verified:
                 self._file(share.rows.entries[row])
-
-    def _blend(self, shares: list[Share], clean: int, noisy: int) -> tuple[Tensor, Tensor] | None:
-        """Tokens and weights [T, K] of what is blended into the pack."""
-        found, first = [], clean
-        for share in shares:
-            found += [(first + offset, ids, weights) for offset, ids, weights in share.blends]
-            first += len(share.noisy_at)
-        if not found:
-            return None
-        width = max(ids.shape[1] for _, ids, _ in found)
-        ids = torch.zeros(clean + noisy, width, dtype=torch.int64, device=self.device)
-        weight = torch.zeros(clean + noisy, width, device=self.device)
-        for start, own, own_weight in found:
-            ids[start : start + len(own), : own.shape[1]] = own
-            weight[start : start + len(own), : own.shape[1]] = own_weight.to(weight.dtype)
-        return ids, weight
 
     def _file(self, entry: Entry, *, ended: bool = False) -> None:
         """Offer what an entry has written to others."""

@@ -1,4 +1,4 @@
-"""Token maps of pieces that are more than one run: [1, q] tokens of one text."""
+"""Token maps of segments that are more than one run: [1, q] tokens of one text."""
 
 from __future__ import annotations
 

@@ -19,9 +19,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from blockdiff.attention import PagedVisibility
+from blockdiff.attention import PagedVisibility, Scores
+from blockdiff.engine.pack import Pack
 from blockdiff.engine.pages import Pages, Table
-from blockdiff.engine.ragged import Piece, RaggedPass
+from blockdiff.engine.ragged import RaggedPass, Segment
 from blockdiff.model import BlockDiffusionModel, Streams
 
 WARM_UP = 24  # passes of a model before recording pays
@@ -53,7 +54,7 @@ def _ragged_attention(
     sinks: Tensor | None,
 ) -> Tensor:
     assert _current.seen is not None
-    return _current.seen.attend(layer, query, key, value, window, scale, softcap, sinks)
+    return _current.seen.attend(layer, query, key, value, Scores(scale, window, softcap, sinks))
 
 
 _library.impl("ragged_attention", _ragged_attention, "CPU")
@@ -62,18 +63,9 @@ _library.impl("ragged_attention", _ragged_attention, "CPU")
 class _Recorded:
     """Stands for every pass in the record."""
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        window: int | None,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        out: Tensor = torch.ops.blockdiff.ragged_attention(query, key, value, layer, window, scale, softcap, sinks)
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        how = (scores.window, scores.scale, scores.softcap, scores.sinks)
+        out: Tensor = torch.ops.blockdiff.ragged_attention(query, key, value, layer, *how)
         return out
 
 
@@ -124,28 +116,18 @@ class Network:
             self._of, self._records = found, {}
             self._laid_out = {} if _worth_laying_out(model) else None
 
-    def run(
-        self,
-        model: BlockDiffusionModel,
-        seen: RaggedPass,
-        ids: Tensor,
-        position: Tensor,
-        read: Tensor,
-        clean: int,
-        blend: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """Logits [R, V] at the slots `read` of the pack, of which the first `clean` tokens are clean ones."""
+    def run(self, model: BlockDiffusionModel, pack: Pack) -> Tensor:
+        """Logits [R, V] at the slots that the pack reads."""
         self.passes += 1
-        streams: Streams = "noisy" if clean == 0 else "clean" if clean == len(ids) else "both"
         record = None
         ready = self.passes > WARM_UP or self._laid_out is not None
-        if blend is None and ready and ids.device.type == "cpu":
-            record = self._record(model, streams)
+        if pack.blend is None and ready and pack.ids.device.type == "cpu":
+            record = self._record(model, pack.streams)
         if record is None:
-            return model.read_rows(ids, position, read, seen, streams, clean, blend)
-        _current.seen = seen
+            return model.read_rows(pack.ids, pack.position, pack.read, pack.seen, pack.streams, pack.clean, pack.blend)
+        _current.seen = pack.seen
         try:
-            logits: Tensor = record(ids, position, read, ids[:clean])
+            logits: Tensor = record(pack.ids, pack.position, pack.read, pack.ids[: pack.clean])
         finally:
             _current.seen = None
         return logits
@@ -233,6 +215,6 @@ def _example(model: BlockDiffusionModel, streams: Streams, count: int) -> tuple[
     table = Table()
     pages.reserve(table, count)
     runs = [(0, clean, False), (clean, count - clean, True)]
-    pieces = [Piece(table, at, size, noisy, "all" if noisy else "causal") for at, size, noisy in runs if size]
-    seen = RaggedPass(pages, pieces, model.spec.clean_context, ids.device)
+    segments = [Segment(table, at, size, noisy, "all" if noisy else "causal") for at, size, noisy in runs if size]
+    seen = RaggedPass(pages, segments, model.spec.clean_context, ids.device)
     return seen, (ids, torch.arange(count), torch.arange(0, count, 2), ids[:clean])

@@ -20,7 +20,7 @@ from blockdiff.decode.inputs import Soft
 from blockdiff.engine.entry import Entry, Phase
 from blockdiff.engine.maps import branch_map, clean_blocks, state_map
 from blockdiff.engine.pages import Table
-from blockdiff.engine.ragged import Piece, Sees
+from blockdiff.engine.ragged import Sees, Segment
 from blockdiff.engine.rows import Rows
 from blockdiff.engine.stepwise import advance, guessed
 from blockdiff.masks import AttentionSums
@@ -28,12 +28,12 @@ from blockdiff.masks import AttentionSums
 
 @dataclass
 class Share:
-    """pieces and tokens of both streams; read: slots of them whose logits are wanted, counted within the stream."""
+    """segments and tokens of both streams; read: slots of them whose logits are wanted, counted within the stream."""
 
     rows: Rows
     block_causal: bool
-    clean: list[Piece] = field(default_factory=list)
-    noisy: list[Piece] = field(default_factory=list)
+    clean: list[Segment] = field(default_factory=list)
+    noisy: list[Segment] = field(default_factory=list)
     clean_ids: list[int] = field(default_factory=list)
     clean_at: list[int] = field(default_factory=list)
     noisy_ids: list[Tensor] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Share:
 
     @staticmethod
     def of(rows: Rows, budget: int) -> Share:
-        """At most `budget` clean tokens, but at least one piece; open blocks always take part."""
+        """At most `budget` clean tokens, but at least one segment; open blocks always take part."""
         spec = rows.model.spec
         share = Share(rows, spec.clean_context == "block_causal", _mask_id=spec.mask_id or 0)
         for row, entry in enumerate(rows.entries):
@@ -120,7 +120,7 @@ class Share:
             starts = entry.starts()[start : start + count]
             sees = "all" if len(set(starts)) == 1 else "map"
             tokens = clean_blocks(start, starts, self.rows.device)
-        self.clean.append(Piece(table, start, count, False, sees, tokens))
+        self.clean.append(Segment(table, start, count, False, sees, tokens))
         self.clean_ids += ids
         self.clean_at += range(start, start + count)
 
@@ -134,13 +134,13 @@ class Share:
         for own, row in zip(ids, self.verified, strict=True):
             entry = rows.entries[row]
             start, size = entry.table.written, entry.size
-            self.clean.append(Piece(entry.table, start, size, False, "causal"))
+            self.clean.append(Segment(entry.table, start, size, False, "causal"))
             self.read_clean += range(len(self.clean_at), len(self.clean_at) + size)
             self.clean_ids += own[:size]
             self.clean_at += range(start, start + size)
             if self.ahead > 1:
                 tokens = branch_map(start, size, self.ahead, device)
-                self.noisy.append(Piece(entry.table, start + size, size * self.ahead, True, "map", tokens))
+                self.noisy.append(Segment(entry.table, start + size, size * self.ahead, True, "map", tokens))
                 first = len(self.noisy_at)
                 for slot in range(size):
                     at = first + slot * self.ahead
@@ -165,20 +165,20 @@ class Share:
         read = blocks.masked.tolist() if rows.reads_masked else [[True] * shown.shape[2]] * len(sizes)
         before = len(self.read_noisy)
         for row, size, slots in zip(self.denoised, sizes, read, strict=True):
-            self._open_piece(rows.entries[row], self._table(rows.entries[row], real), size, slots, real and sums)
+            self._open_segment(rows.entries[row], self._table(rows.entries[row], real), size, slots, real and sums)
         if rows.reads_masked:
             self.masked = len(self.read_noisy) - before
         if rows.kind.policy.soft and (found := Soft.blend(blocks)) is not None:
             self.blends.append((len(self.noisy_at) - sum(sizes), *self._blend(found, used)))
 
-    def _open_piece(self, entry: Entry, table: Table, size: int, wanted: Sequence[bool], sums: bool) -> None:
+    def _open_segment(self, entry: Entry, table: Table, size: int, wanted: Sequence[bool], sums: bool) -> None:
         start, seeded, lag = len(entry.tokens), self.rows.alignment.seeded, self.rows.kind.lag
         sees: Sees = "all but the seed" if seeded and not lag else "all"
         tokens = None
         if self.depth > 1:
             sees, tokens = "map", state_map(start - seeded, size, self.depth, self.rows.device)
         collected = AttentionSums() if sums else None
-        self.noisy.append(Piece(table, start - lag, size * self.depth, True, sees, tokens, collected))
+        self.noisy.append(Segment(table, start - lag, size * self.depth, True, sees, tokens, collected))
         for _ in range(self.depth):
             first = len(self.noisy_at)
             # under the clean boundary the logits of a slot predict the next one's token
@@ -285,6 +285,6 @@ class Share:
 
     def _looked_at(self, sizes: Sequence[int], width: int) -> Tensor:
         """How much the blocks look at each of their tokens [d, W]: at the slot that holds it, one further if seeded."""
-        sums = [piece.attention.total[0] for piece in self.noisy if piece.attention is not None]  # type: ignore[index]
+        sums = [segment.attention.total[0] for segment in self.noisy if segment.attention is not None]  # type: ignore[index]
         found = self._padded(torch.cat(sums), sizes, width)
         return found.roll(-1, 1) if self.rows.alignment.seeded else found
