@@ -21,7 +21,7 @@ from blockdiff.engine import network as network_module
 from blockdiff.engine.limits import texts_of
 from blockdiff.engine.network import Network, prepared
 from blockdiff.engine.pages import OutOfPages, Pages, Table
-from blockdiff.engine.ragged import Segment
+from blockdiff.engine.ragged import Segment, Stack
 from blockdiff.engine.stream import TextStream
 from blockdiff.layout import Layout, TokenMap
 from blockdiff.loading import load
@@ -235,6 +235,26 @@ def test_thirty_two_requests_share_their_passes():
     assert [seen(job.output) for job in jobs] == [seen(generate(model, [request])[0]) for request in requests]
 
 
+def test_a_text_that_read_anothers_memory_would_be_another_text(monkeypatch):
+    """The twin: texts of one pass, were the rows of an attention call to read the first one's keys and values."""
+    model = model_of()
+    requests = [Request((5, 9 + n, 7, 20 + n), 12, 4, POLICIES["fixed_count"]) for n in range(4)]
+    alone = [seen(generate(model, [request])[0]) for request in requests]
+    assert [seen(output) for output in generate(model, requests)] == alone
+    right, stacked = Stack.of, []
+
+    def wrong(stack: Stack, memory: torch.Tensor) -> torch.Tensor:
+        found = right(stack, memory)
+        stacked.append(stack.rows)
+        return found[:1].expand_as(found)
+
+    monkeypatch.setattr(Stack, "of", wrong)
+    together = [seen(output) for output in generate(model, requests)]
+    assert max(stacked) == 4
+    assert together[0] == alone[0]
+    assert together[1:] != alone[1:]
+
+
 # ---- fused commits, pages, prefixes
 
 
@@ -265,6 +285,27 @@ def test_a_fused_commit_saves_its_pass():
     assert separate.iterations == fused.iterations + 5  # the prompt, and a commit for each block but the last
 
 
+@pytest.mark.parametrize("conventions", [CONVENTIONS[1], CONVENTIONS[3]])
+def test_a_block_that_did_not_see_the_one_committed_with_it_would_be_another(conventions, monkeypatch):
+    """The twin: one pass commits a block and opens the next, which reads what the pass itself has just written."""
+    model = model_of(*conventions)
+    request = Request((5, 9), 40, 8, POLICIES["fixed_count"])
+    right = Segment.mask
+
+    def wrong(segment: Segment, window: int | None, context: str, device: torch.device) -> torch.Tensor:
+        mask = right(segment, window, context, device)
+        mask = torch.ones(1, 1, segment.count, segment.reach, dtype=torch.bool) if mask is None else mask.clone()
+        if segment.noisy:
+            mask[..., max(1, segment.at - 8) : segment.at] = False
+        return mask
+
+    fused, separate = (generate(model, [request], limits=replace(MANY, fused=fused))[0] for fused in (True, False))
+    assert seen(fused) == seen(separate)
+    monkeypatch.setattr(Segment, "mask", wrong)
+    blind = generate(model, [request], limits=MANY)[0]
+    assert seen(blind) != seen(separate)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(CONVENTIONS), st.integers(1, 7))
 def test_pages_are_contiguous_memory(seed, conventions, page_size):
@@ -287,6 +328,31 @@ def test_pages_are_contiguous_memory(seed, conventions, page_size):
     while engine.busy:
         engine.step()
     assert [seen(job.output) for job in jobs] == [seen(output) for output in whole]
+
+
+def test_a_wrong_slot_would_be_seen():
+    """The twin: pages whose first slot is taken for another one."""
+    model = model_of()
+    requests = requests_of(1, 4, lossless=False)
+
+    class Torn(Pages):
+        def _take(self, wanted):
+            return super()._take(None)
+
+        def slots(self, table, start, count):
+            found = super().slots(table, start, count)
+            return [found[-1], *found[1:]] if start == 0 and count > 4 else found
+
+    found = []
+    for kind in (Pages, Torn):
+        engine = Engine(model, Limits(pages=900, page_size=2))
+        engine.pages = kind(900, 2)
+        jobs = [engine.add(request) for request in requests]
+        while engine.busy:
+            engine.step()
+        found.append([seen(job.output) for job in jobs])
+    assert found[0] == [seen(output) for output in generate(model, requests)]
+    assert found[1] != found[0]
 
 
 def test_a_shared_prefix_is_read_once():

@@ -25,6 +25,7 @@ from blockdiff.cli_options import (
     err,
     load_model,
     out,
+    progress,
     whole_numbers,
     write_result,
 )
@@ -110,8 +111,6 @@ def eval_bound(
     json_file: JsonFile = None,
 ) -> None:
     """Bound on the negative log-likelihood of a text, in nats per token, at any block size and offset."""
-    from rich.progress import Progress as Bar
-
     from blockdiff import evaluate, report
     from blockdiff.api import documents_of
     from blockdiff.runtime import record
@@ -120,8 +119,7 @@ def eval_bound(
     model = load_model(path)
     bad_rows: BadRows = "skip" if skip_bad_rows else "error"
     documents = [document for file in data for document in documents_of(model, file, bad_rows)][:limit]
-    with Bar(console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("scoring", total=1.0)
+    with progress("scoring") as on_progress:
         rows: list[BoundRow] = evaluate.bound(
             model,
             documents,
@@ -131,7 +129,7 @@ def eval_bound(
             exact=exact,
             left_bias=left_bias,
             seed=seed,
-            on_progress=lambda done: bar.update(task, completed=done),
+            on_progress=on_progress,
         )
     results = [row.to_json() for row in rows]
     out.print(report.bound_table(results))

@@ -7,15 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from blockdiff.cli_options import JsonFile, Seed, err, load_model, out, whole_numbers, write_result
+from blockdiff.cli_options import JsonFile, Seed, load_model, out, progress, whole_numbers, write_result
 
 bench = typer.Typer(help="Measure speed, as ratios within one run.", no_args_is_help=True)
 _LEVELS = (0.99, 0.95, 0.9, 0.8, 0.7, 0.5)
 _SWEEP = (*(f"threshold({level})" for level in _LEVELS), "fixed(1)", "fixed(2)", "fixed(4)", "one_step")
 
 
+_OF_TEXTS = ("data", "policy", "temperature", "prompts", "judge", "quality")
+_OF_RANDOM_WEIGHTS = ("tokens_per_step", "textbook", "memory")
+
+
 @bench.command("decode")
 def bench_decode(
+    context: typer.Context,
     path: Annotated[
         str | None, typer.Argument(help="Checkpoint whose texts count; none: what decoding costs, on random weights.")
     ] = None,
@@ -45,8 +50,7 @@ def bench_decode(
     _drawable(plot)
     batches, lengths = whole_numbers(batch, "--batch"), whole_numbers(new_tokens, "--new-tokens")
     if path is None:
-        if data is not None or policy or judge or quality:
-            raise ValueError("--data, --policy, --judge and --quality are about a checkpoint's texts: give its path")
+        _refuse(context, _OF_TEXTS, "is about a checkpoint's texts: give its path")
         sizes = whole_numbers(block_sizes or "16", "--block-sizes")
         steps = whole_numbers(tokens_per_step, "--tokens-per-step")
         _positive("--batch", batches)
@@ -64,13 +68,13 @@ def bench_decode(
             json_file,
         )
         return
+    _refuse(context, _OF_RANDOM_WEIGHTS, "is about random weights: leave the checkpoint out")
     if data is None:
         raise ValueError("--data: give texts whose beginnings are the prompts")
     if len(batches) > 1 or len(lengths) > 1:
         raise ValueError("--batch and --new-tokens: give one number for a checkpoint")
     if (quality or plot) and judge is None:
         raise ValueError("--quality and --plot compare texts: give --judge, an AR model that scores them")
-    from rich.progress import Progress as Bar
     from transformers import AutoModelForCausalLM
 
     from blockdiff.api import load
@@ -81,8 +85,7 @@ def bench_decode(
     model = load_model(path)
     network: Any = AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype).to(model.device).eval()
     scorer = None if judge is None else load(judge)
-    with Bar(console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("decoding", total=1.0)
+    with progress("decoding") as on_progress:
         rows = measure(
             model,
             data,
@@ -98,7 +101,7 @@ def bench_decode(
             hugging_face=network,
             judge=scorer,
             seed=seed,
-            on_progress=lambda done: bar.update(task, completed=done),
+            on_progress=on_progress,
         )
     out.print(bench_table(rows))
     _say_threads()
@@ -120,7 +123,6 @@ def _schedules(
     seed: int,
     json_file: Path | None,
 ) -> None:
-    from rich.progress import Progress as Bar
 
     from blockdiff.bench import Schedule, bench_schedules
     from blockdiff.bench.costs import schedule_plot
@@ -128,14 +130,13 @@ def _schedules(
     from blockdiff.runtime import record
 
     schedules = [Schedule(b, n, size, steps, prompt_tokens, textbook) for b, n, size, steps in cases]
-    with Bar(console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("decoding", total=1.0)
+    with progress("decoding") as on_progress:
         rows = bench_schedules(
             schedules,
             rounds=rounds,
             seed=seed,
             memory=memory,
-            on_progress=lambda done: bar.update(task, completed=done),
+            on_progress=on_progress,
         )
     out.print(schedule_table(rows))
     _say_threads()
@@ -158,8 +159,6 @@ def bench_serve(
     json_file: JsonFile = None,
 ) -> None:
     """Requests of many kinds at once, arriving at random, and one at a time: throughput, waiting, equality."""
-    from rich.progress import Progress as Bar
-
     from blockdiff.bench import bench_serve as measure
     from blockdiff.bench import ragged_requests, random_model
     from blockdiff.bench.costs import serve_plot
@@ -173,15 +172,14 @@ def bench_serve(
     sizes = whole_numbers(block_sizes, "--block-sizes")
     _positive("--block-sizes", sizes)
     made = ragged_requests(requests, model.vocabulary - 1, sizes, new_tokens, prefix, seed)
-    with Bar(console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("serving", total=1.0)
+    with progress("serving") as on_progress:
         rows = measure(
             model,
             made,
             rounds=rounds,
             limits=Limits(pages=pages) if pages else None,
             seed=seed,
-            on_progress=lambda done: bar.update(task, completed=done),
+            on_progress=on_progress,
         )
     out.print(serve_table(rows))
     _say_threads()
@@ -205,8 +203,6 @@ def bench_train(
     json_file: JsonFile = None,
 ) -> None:
     """Training steps: ours and the textbook two-stream step against the AR step of the same Hugging Face model."""
-    from rich.progress import Progress as Bar
-
     from blockdiff.bench import Case
     from blockdiff.bench import bench_train as measure
     from blockdiff.bench.costs import cost_plot, cost_table
@@ -222,14 +218,21 @@ def bench_train(
         for size in whole_numbers(block_size, "--block-size")
         for length in whole_numbers(lengths, "--lengths")
     ]
-    with Bar(console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("training", total=1.0)
-        rows = measure(cases, rounds=rounds, memory=memory, on_progress=lambda done: bar.update(task, completed=done))
+    with progress("training") as on_progress:
+        rows = measure(cases, rounds=rounds, memory=memory, on_progress=on_progress)
     out.print(cost_table(rows))
     _say_threads()
     if plot is not None:
         cost_plot(rows, plot)
     write_result(json_file, record("bench train", 0, model=model or "random llama, 8M parameters", rows=rows))
+
+
+def _refuse(context: typer.Context, names: tuple[str, ...], why: str) -> None:
+    """An option that would do nothing is a mistake of whoever gave it."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"--{name.replace('_', '-')} {why}")
 
 
 def _positive(option: str, values: list[int]) -> None:

@@ -18,9 +18,9 @@ from blockdiff.cli_options import (
     Seed,
     Threshold,
     chosen_policy,
-    err,
     load_model,
     out,
+    progress,
     write_result,
 )
 
@@ -62,14 +62,11 @@ def sample(
     json_file: JsonFile = None,
 ) -> None:
     """Draw documents from a model at temperature 1, with their NLL: data whose entropy is known."""
-    from rich.progress import Progress as Bar
-
     from blockdiff.runtime import record
     from blockdiff.sample import sample_documents
 
     model = load_model(path)
-    with Bar(console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("sampling", total=1.0)
+    with progress("sampling") as on_progress:
         sampled = sample_documents(
             model,
             documents,
@@ -78,7 +75,7 @@ def sample(
             max_new_tokens=max_new_tokens,
             batch=batch,
             seed=seed,
-            on_progress=lambda done: bar.update(task, completed=done),
+            on_progress=on_progress,
         )
     out.print(f"{output}: {sampled.words()}")
     write_result(json_file, record("sample", seed, model=path, out=str(output), rows=[asdict(sampled)]))
@@ -97,14 +94,11 @@ def own(
     json_file: JsonFile = None,
 ) -> None:
     """A model's own continuations: what to train a frozen adapter on, so that its drafts are accepted."""
-    from rich.progress import Progress as Bar
-
     from blockdiff.owntext import own_text
     from blockdiff.runtime import record
 
     model = load_model(path)
-    with Bar(console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("writing", total=1.0)
+    with progress("writing") as on_progress:
         written = own_text(
             model,
             source,
@@ -114,7 +108,7 @@ def own(
             max_new_tokens=max_new_tokens,
             batch=batch,
             seed=seed,
-            on_progress=lambda done: bar.update(task, completed=done),
+            on_progress=on_progress,
         )
     out.print(f"{output}: {written.documents} texts, of which the model wrote {written.tokens} tokens")
     write_result(json_file, record("data own", seed, model=path, out=str(output), rows=[asdict(written)]))
@@ -136,8 +130,6 @@ def eval_generation(
     json_file: JsonFile = None,
 ) -> None:
     """Share of questions whose answer's last `#### number` is right, with a 95 % interval, and the decoding's speed."""
-    from rich.progress import Progress as Bar
-
     from blockdiff.decode import Sampling
     from blockdiff.engine import Request
     from blockdiff.evaluate import answer_questions, read_questions
@@ -155,11 +147,8 @@ def eval_generation(
         seed=seed,
         lossless=lossless,
     )
-    with Bar(console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("answering", total=1.0)
-        row, outputs = answer_questions(
-            model, questions, form, batch=batch, on_progress=lambda done: bar.update(task, completed=done)
-        )
+    with progress("answering") as on_progress:
+        row, outputs = answer_questions(model, questions, form, batch=batch, on_progress=on_progress)
     low, high = row.exact_match_ci
     out.print(
         f"block size {row.block_size}: {row.correct} of {row.n} right, {row.exact_match:.1%} ({low:.1%} – {high:.1%}); "

@@ -45,13 +45,9 @@ def cost_plot(rows: Rows, file: Path) -> None:
         cost.errorbar(lengths, costs, (below, above), marker="o", markersize=4, capsize=3, label=label)
         if all(row["peak_mb"] is not None for row in points):
             memory.plot(lengths, [row["peak_above_model_mb"] for row in points], "o-", markersize=4, label=label)
-    words = {cost: "time of a training step, AR = 1", memory: "peak memory above the model, MB"}
-    for axes, word in words.items():
-        axes.set_xscale("log", base=2)
-        axes.set_xlabel("length, tokens")
-        axes.set_ylabel(word)
+    for axes, word in ((cost, "time of a training step, AR = 1"), (memory, "peak memory above the model, MB")):
+        _over_tokens(axes, "length, tokens", word)
         axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
     cost.legend(fontsize=8)
     figure.savefig(file, dpi=120)
 
@@ -72,10 +68,7 @@ def schedule_plot(rows: Rows, file: Path) -> None:
         speed.plot(across, [row["speedup_over_ar"] for row in points], "o-", markersize=4, label=label)
         forward.plot(across, [row["ms_per_forward"] for row in points], "o-", markersize=4, label=label)
     for axes, word in ((speed, "speed, transformers' AR decoding = 1"), (forward, "milliseconds of a forward")):
-        axes.set_xscale("log", base=2)
-        axes.set_xlabel("tokens written")
-        axes.set_ylabel(word)
-        axes.grid(alpha=0.3)
+        _over_tokens(axes, "tokens written", word)
     speed.legend(fontsize=7)
     figure.savefig(file, dpi=120)
 
@@ -98,3 +91,10 @@ def serve_plot(rows: Rows, file: Path) -> None:
     waiting.set_ylabel("seconds after arrival, median")
     waiting.legend(fontsize=8)
     figure.savefig(file, dpi=120)
+
+
+def _over_tokens(axes: Any, across: str, up: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.grid(alpha=0.3)
