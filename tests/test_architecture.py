@@ -27,6 +27,7 @@ LAYERS = [
         "loading",
         "data",
         "datafiles",
+        "longtext",
         "tokenizer",
         "presets",
         "config",

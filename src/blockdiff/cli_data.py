@@ -51,6 +51,21 @@ def topics(output: Folder) -> None:
         out.print(f"data: {file}")
 
 
+@data.command("pack")
+def pack(
+    sources: Annotated[list[Path], typer.Argument(help="Files of plain texts.")],
+    output: Annotated[Path, typer.Option("--out", help="File to write: .jsonl or .jsonl.gz.")],
+    characters: Annotated[int, typer.Option(help="Characters of a text, at least.", min=1)] = 8000,
+    valid: Annotated[Path | None, typer.Option(help="File for the last texts, held out.")] = None,
+    share: Annotated[float, typer.Option(help="Share of the texts that is held out.", min=0.0, max=1.0)] = 0.1,
+) -> None:
+    """Long texts: short ones joined with an empty line between them, longer ones cut at ends of lines."""
+    from blockdiff.longtext import pack_files
+
+    for file, rows in zip((output, valid), pack_files(sources, output, characters, valid, share), strict=False):
+        out.print(f"data: {file}, {rows} texts")
+
+
 def sample(
     path: ModelPath,
     documents: Annotated[int, typer.Option(help="Documents to draw; those that cannot be kept are counted.", min=1)],
