@@ -6,6 +6,7 @@ Most architectures round their norms to float32, whatever the weights; that is t
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from blockdiff import attention, cross_entropy, masks, reading, tiled
 from blockdiff.distributions import Fixed, ScaleMixture
 from blockdiff.layout import TokenMap
+from blockdiff.model import BlockDiffusionModel
 from blockdiff.noise import Bernoulli, ExactCount
 from blockdiff.passes import Objective
 from blockdiff.reference import textbook
@@ -84,6 +86,27 @@ def test_loss_and_gradients_are_the_textbook_ones(alignment, draws, active, ar_w
         found = learned(model, model, objective, seed)
         check_equal(found, expected)
     assert differ(learned(model, model, objective, seed + 1), expected)  # twin: another batch and another draw
+
+
+@pytest.mark.parametrize("alignment", ALIGNMENTS, ids=" ".join)
+@pytest.mark.parametrize("clean_context", ["context_causal", "block_causal"])
+def test_two_passes_are_one(alignment, clean_context, monkeypatch):
+    """BD3-LM's first training algorithm: clean keys and values from a pass of their own, with their gradient."""
+    model = tiny.model("llama", *alignment, clean_context=clean_context)
+    objective = replace(USUAL, ar_weight=0.5 * (clean_context == "context_causal"))
+    one, passes = learned(model, model, objective, 5), []
+    note = model.backbone.register_forward_pre_hook(lambda *_: passes.append(1))
+    check_equal(learned(model, model, replace(objective, apart=True), 5), one)
+    note.remove()
+    assert len(passes) == 2
+    right = BlockDiffusionModel._clean_pass
+
+    def without_gradient(*args):
+        with torch.no_grad():
+            return right(*args)
+
+    monkeypatch.setattr(BlockDiffusionModel, "_clean_pass", without_gradient)  # twin: keys that do not learn
+    assert differ(learned(model, model, replace(objective, apart=True), 5), one)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in tiny.SUPPORTED if kind not in WINDOWED])

@@ -83,6 +83,7 @@ def objective_of(config: RunConfig) -> Objective:
         active=settings.active,
         prefix_noise=settings.prefix_noise,
         suffix_visible=settings.suffix_visible,
+        apart=settings.passes == 2,
     )
 
 

@@ -92,6 +92,9 @@ class ObjectiveConfig(_Group):
         "all", description="all: every block of a document in one pass; one: a random block (Blockwise SFT)"
     )
     complementary: bool = Field(False, description="two draws a pass, the second masking what the first leaves")
+    passes: Literal[1, 2] = Field(
+        1, description="1: both streams together; 2: the clean stream, then the noisy one over its keys and values"
+    )
     prefix_noise: float = Field(0.0, ge=0, lt=1, description="ablation: share of earlier answer tokens shown masked")
     suffix_visible: float | None = Field(
         None, ge=0, le=1, description="ablation, active one: the block sees what follows it, this share unmasked"
@@ -179,6 +182,8 @@ class RunConfig(_Group):
             self.objective.active != "one" or self.model.alignment.seeded
         ):
             raise ValueError("objective.suffix_visible needs objective.active one and another boundary than seed")
+        if self.objective.passes == 2 and self.train.gradient_checkpointing:
+            raise ValueError("train.gradient_checkpointing drops the cache that objective.passes 2 reads; use 1")
         if self.model.adapter is not None and self.model.adapter.kind == "noisy":
             if self.objective.prefix_noise > 0 or (self.growth is not None and self.growth.shape == "annealed"):
                 raise ValueError(

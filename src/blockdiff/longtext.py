@@ -13,8 +13,8 @@ BETWEEN = "\n\n"
 
 def pack_texts(texts: Iterator[str], characters: int) -> Iterator[str]:
     """Texts of at least so many characters, an empty line between those that are joined; the rest at the end may be
-    shorter. A text of more than twice as many is cut into several, at the next end of a line (or in one, where a line is
-    longer than that).
+    shorter. A text of more than twice as many is cut into several, at the next end of a line (or inside a line that is
+    longer).
     """
     held = ""
     for text in texts:

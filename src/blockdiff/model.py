@@ -219,6 +219,7 @@ class BlockDiffusionModel(nn.Module):
         past: Past | None = None,
         keep: bool = False,
         annealing: Annealing | None = None,
+        apart: bool = False,
     ) -> Tensor:
         """Logits of one pass, or losses.
 
@@ -226,15 +227,17 @@ class BlockDiffusionModel(nn.Module):
         the head and the last layer run only where somebody looks. target [R]: the result is the cross-entropy of these
         tokens (`objectives.token_losses`) and not the logits, which then need not exist all at once.
         past holds earlier clean tokens; with `keep` the tokens of this pass join it (a commit). `annealing` narrows
-        the rule (a training baseline, not for frozen adapters). Returns [R, V] (or [B * T, V]), the [MASK] column
+        the rule (a training baseline, not for frozen adapters). `apart` runs [noisy ; clean] as two passes, as BD3-LM
+        first did (arXiv 2503.09573, section 3.2): the same numbers. Returns [R, V] (or [B * T, V]), the [MASK] column
         -inf, or [R].
         """
-        if self.adapter is not None and self.adapter.frozen:
+        frozen = self.adapter is not None and self.adapter.frozen
+        if apart or frozen:
             noisy = int(tokens.noisy[0].sum())
-            if not noisy:
-                return self._unadapted_pass(ids, tokens, read, target, past, keep)
-            if noisy < ids.shape[1]:
-                return self._frozen_pass(ids, tokens, noisy, read, target)
+            if noisy == 0 and frozen:
+                return self._clean_pass(ids, tokens, read, target, past, keep)
+            if 0 < noisy < ids.shape[1]:
+                return self._two_passes(ids, tokens, noisy, read, target, annealing)
         return self._pass(ids, tokens, read, target, past, keep, annealing)
 
     def read_rows(
@@ -270,10 +273,16 @@ class BlockDiffusionModel(nn.Module):
             raise UnsupportedModel("adapter: a plain AR checkpoint has no [MASK] row to adapt; load it with add_mask")
         self.adapter = AttachedAdapter(self.backbone, settings, self.spec.mask_id)
 
-    def _frozen_pass(
-        self, ids: Tensor, tokens: TokenMap, noisy: int, read: Tensor | None, target: Tensor | None
+    def _two_passes(
+        self,
+        ids: Tensor,
+        tokens: TokenMap,
+        noisy: int,
+        read: Tensor | None,
+        target: Tensor | None,
+        annealing: Annealing | None,
     ) -> Tensor:
-        """[noisy ; clean] in two: the clean stream without the adapter and its gradient, then the noisy one over it.
+        """[noisy ; clean] in two: the clean stream, then the noisy one over its keys and values.
 
         Neither calls `forward`: accelerate wraps that in one autocast, which does not end when it is entered twice.
         """
@@ -284,14 +293,16 @@ class BlockDiffusionModel(nn.Module):
         past = Past()
         read_clean, read_noisy = row * (width - noisy) + column - noisy, row * noisy + column
         of_clean, of_noisy = (None if target is None else target[rows] for rows in (from_clean, ~from_clean))
-        clean = self._unadapted_pass(ids[:, noisy:], tokens[:, noisy:], read_clean[from_clean], of_clean, past, True)
-        denoised = self._pass(ids[:, :noisy], tokens[:, :noisy], read_noisy[~from_clean], of_noisy, past)
+        clean = self._clean_pass(ids[:, noisy:], tokens[:, noisy:], read_clean[from_clean], of_clean, past, True)
+        denoised = self._pass(
+            ids[:, :noisy], tokens[:, :noisy], read_noisy[~from_clean], of_noisy, past, annealing=annealing
+        )
         result = torch.empty(len(read), *denoised.shape[1:], dtype=denoised.dtype, device=denoised.device)
         places = torch.arange(len(read), device=read.device)
         result = result.index_copy(0, places[from_clean], clean)
         return result.index_copy(0, places[~from_clean], denoised)
 
-    def _unadapted_pass(
+    def _clean_pass(
         self,
         ids: Tensor,
         tokens: TokenMap,
@@ -300,7 +311,9 @@ class BlockDiffusionModel(nn.Module):
         past: Past | None,
         keep: bool,
     ) -> Tensor:
-        assert self.adapter is not None
+        """Clean tokens alone; a frozen adapter is off and has no gradient there."""
+        if self.adapter is None or not self.adapter.frozen:
+            return self._pass(ids, tokens, read, target, past, keep)
         with self.adapter.off(), torch.no_grad():
             return self._pass(ids, tokens, read, target, past, keep)
 

@@ -42,7 +42,8 @@ class Objective:
     leaves. active: every block of a document in one pass, or one random block (`objectives.one_active`).
     bidirectional: share of a block's later tokens that a noisy token sees (`masks.Annealing`; None: all of them).
     prefix_noise: share of the answers' tokens that the clean stream shows masked; suffix_visible: the active block sees
-    what follows it, this share of it unmasked (None: it sees nothing). Both are `ablations`.
+    what follows it, this share of it unmasked (None: it sees nothing). Both are `ablations`. apart: the clean stream in
+    a pass of its own, before the noisy one.
     """
 
     layout: LayoutDistribution
@@ -55,6 +56,7 @@ class Objective:
     bidirectional: float | None = None
     prefix_noise: float = 0.0
     suffix_visible: float | None = None
+    apart: bool = False
 
     def is_bound(self, alignment: Alignment) -> bool:
         """Whether the blocks' loss is, in expectation, a bound on the negative log-likelihood."""
@@ -70,7 +72,7 @@ class Objective:
         generator: Generator,
         observe: Observe | None = None,
     ) -> Terms:
-        """Draw a layout and noise for a batch (`data.collate`'s) and score it, in one pass.
+        """Draw a layout and noise for a batch (`data.collate`'s) and score it, in one pass (or `apart`).
 
         `observe(corruption, losses, block)` receives the losses of a draw's masked tokens, and every token's block.
         """
@@ -102,7 +104,14 @@ class Objective:
             shown=(noisy_ids, clean_ids),
         )
         reads = stream.reads
-        losses = model(stream.ids, stream.tokens, read=reads.index, target=reads.target, annealing=annealing)
+        losses = model(
+            stream.ids,
+            stream.tokens,
+            read=reads.index,
+            target=reads.target,
+            annealing=annealing,
+            apart=self.apart,
+        )
         if observe is not None:
             at = 0
             for draw in draws:
