@@ -26,10 +26,6 @@ from blockdiff.training import train
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "harness"
 lm_eval = pytest.importorskip("lm_eval")
-# lm-eval, its data library and theirs warn of their own affairs
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning"
-)
 
 PAIRS = [("the cat", " sat on the mat ."), ("a dog", " ate"), ("", "one bird saw two cats . the mat was red")]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 
 import pytest
@@ -96,6 +97,25 @@ def test_the_parent_lives(tmp_path):
         signal.signal(signal.SIGUSR1, before)
     if "no other processes" in ran.layers:
         assert told == []
+
+
+def test_there_is_no_network():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        place = server.getsockname()
+        socket.create_connection(place).close()  # twin: from here it answers
+        server.accept()[0].close()
+        ran = run_program(f"import sys\ndel sys.modules['_socket']\nimport _socket\n_socket.socket().connect({place})")
+        if "no network" in ran.layers:
+            assert (ran.outcome, ran.error[:7]) == ("failed", "OSError")
+            with pytest.raises(TimeoutError):
+                server.accept()
+
+
+def test_a_sandbox_that_cannot_start_is_an_error_and_not_a_failed_program(monkeypatch, tmp_path):
+    monkeypatch.setattr("blockdiff.evaluate.sandbox._JAIL", tmp_path / "nowhere.py")
+    with pytest.raises(OSError, match="the sandbox could not start; see why with"):
+        run_program("assert True")
 
 
 def test_the_verdict_cannot_be_guessed():

@@ -15,6 +15,7 @@ import os
 import resource
 import stat
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,10 @@ def _confine(folder: str) -> list[str]:
     if libc.unshare(_NEW_NAMESPACES) != 0:
         return layers
     layers += ["no network", "no other processes"]
-    Path("/proc/self/setgroups").write_text("deny")
-    Path("/proc/self/uid_map").write_text(f"{_NOBODY} {user} 1")
-    Path("/proc/self/gid_map").write_text(f"{_NOBODY} {group} 1")
+    with suppress(OSError):  # some systems grant the namespace and nothing in it
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"{_NOBODY} {user} 1")
+        Path("/proc/self/gid_map").write_text(f"{_NOBODY} {group} 1")
     if _read_only(libc, folder):
         layers.append("read-only files")
     return layers
@@ -117,7 +119,9 @@ def _limit(order: dict[str, Any]) -> list[str]:
         (resource.RLIMIT_NPROC, 0),
         (resource.RLIMIT_CORE, 0),
     ):
-        resource.setrlimit(kind, (most, most))
+        hard = resource.getrlimit(kind)[1]
+        least = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (least, least))
     return ["limits"]
 
 

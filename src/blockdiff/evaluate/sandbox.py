@@ -24,6 +24,7 @@ from typing import Any
 
 _JAIL = Path(__file__).with_name("jail.py")
 _VERDICT = 65536  # bytes of a verdict at most
+_START = 60  # seconds for the interpreter to start, on a machine that is busy
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def run_programs(programs: Sequence[str], limits: Limits = Limits()) -> list[Ran
 def run_program(program: str, limits: Limits = Limits()) -> Ran:
     """Run one program in a folder of its own, in an isolated interpreter without environment variables.
 
-    That it ran to its end is said by a sentinel, random for each run: a program that exits before is not passed.
+    That it ran to its end is said by a sentinel, random for each run: a program that exits before is not passed. Raises
+    OSError where no program can be run at all.
     """
     sentinel = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="blockdiff-", ignore_cleanup_errors=True) as folder:
@@ -88,22 +90,26 @@ def run_program(program: str, limits: Limits = Limits()) -> Ran:
 
 
 def _listen(process: subprocess.Popen[bytes], order: bytes, listen: int, seconds: float) -> bytes:
-    """What is said until the pipe closes, or the time is over."""
-    deadline = time.monotonic() + seconds
+    """What is said until the pipe closes, or the program's time is over; OSError where it could not begin."""
     assert process.stdin is not None
+    said = b""
+    deadline = time.monotonic() + _START
     try:
         process.stdin.write(order)
         process.stdin.close()
-    except BrokenPipeError:  # the interpreter did not start: the empty verdict says so
-        return b""
-    said = b""
-    while len(said) < _VERDICT:
-        if not select.select([listen], [], [], max(deadline - time.monotonic(), 0))[0]:
-            return said + b'{"outcome": "timeout"}'
-        part = os.read(listen, _VERDICT)
-        if not part:
-            break
-        said += part
+        while len(said) < _VERDICT and select.select([listen], [], [], max(deadline - time.monotonic(), 0))[0]:
+            part = os.read(listen, _VERDICT)
+            if not part:
+                break
+            if b"\n" not in said:  # the first line says that the program begins
+                deadline = time.monotonic() + seconds
+            said += part
+        else:
+            said += b'{"outcome": "timeout"}'
+    except BrokenPipeError:
+        pass
+    if b"\n" not in said:
+        raise OSError(f"the sandbox could not start; see why with {sys.executable} -I -S {_JAIL} 2 < /dev/null")
     return said
 
 
