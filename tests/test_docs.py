@@ -84,6 +84,7 @@ def workspace(folder: Path, trained: Path) -> None:
     shutil.copytree(ROOT / "configs", folder / "configs")
     shutil.copytree(ROOT / "experiments", folder / "experiments")
     shutil.copytree(ROOT / "evaluations", folder / "evaluations")
+    shutil.copytree(ROOT / "examples", folder / "examples")
     shutil.copytree(trained, folder / "runs" / "demo")
     shutil.copytree(trained, folder / "runs" / "adapt" / "before")
     tokenizer = load_tokenizer(trained / "checkpoint")
@@ -97,6 +98,8 @@ def workspace(folder: Path, trained: Path) -> None:
     row = {"prompt": "the cat sat on", "completion": " the mat ."}
     (folder / "my-long.jsonl").write_text((json.dumps({"text": "the cat sat on the mat . " * 9}) + "\n") * 3)
     (folder / "my-questions.jsonl").write_text('{"prompt": "one and one", "answer": "2"}\n' * 4)
+    program = {"prompt": "def one():\n", "test": "def check(one):\n    assert one() == 1\n", "entry_point": "one"}
+    (folder / "my-programs.jsonl").write_text(json.dumps(program) + "\n")
     (folder / "my-pairs.jsonl").write_text((json.dumps(row) + "\n") * 8)
 
 
@@ -104,6 +107,7 @@ def test_commands_run(trained, tmp_path):
     """In order, page by page, in one folder, as a reader would."""
     workspace(tmp_path, trained)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment["HF_DATASETS_CACHE"] = str(tmp_path / "cache")
     ran = 0
     for page in PAGES:
         for match in re.finditer(r"```bash\n(.*?)```", page.read_text(), re.S):
