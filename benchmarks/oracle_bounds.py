@@ -1,8 +1,9 @@
 """Bounds against the truth: a hidden Markov source in the place of a model, whose entropy is known.
 
-The source's own conditionals are the denoiser, so every bound and every exact mode must give the source's entropy, and
-95 % intervals over repeats (new documents and new draws each) must hold it in about 95 % of them. The seeded boundary is
-left out: its noisy block has no slot for the block's last token, so its sampler knows less and its bound lies higher.
+The source's own conditionals are the denoiser, so every bound and every exact mode must give the source's entropy,
+and 95 % intervals over repeats (new documents and new draws each) must hold it in about 95 % of them. The seeded
+boundary is left out: its noisy block has no slot for the block's last token, so its sampler knows less and its bound
+lies higher.
 
     python benchmarks/oracle_bounds.py --repeats 200
 """
