@@ -34,7 +34,8 @@ LAYERS = [
         "progress",
     },
     {"trainer", "engine", "evaluate", "explain"},
-    {"building", "training", "api", "report", "demo", "experiment", "sample", "owntext", "bench", "frontier"},
+    {"building", "training", "api", "report", "demo", "experiment", "sample", "owntext", "bench", "frontier"}
+    | {"trace"},
     {"cli_options", "cli_data", "cli_experiment", "cli_generate", "cli_bench", "cli", "__main__"},
 ]
 MATH = {"rng", "layout", "distributions", "noise", "masks", "objectives", "reference", "decode", "curriculum"}

@@ -6,6 +6,9 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import shlex
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,10 +49,18 @@ def versions() -> dict[str, str]:
     return found
 
 
+def invocation() -> str:
+    """The command line of this process, as it can be typed again."""
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    return shlex.join([name, *sys.argv[1:]])
+
+
 def record(command: str, seed: int, **contents: Any) -> dict[str, Any]:
     """A JSON result: what ran, with which seed, versions and threads, and its contents (usually `rows`)."""
     return {
         "command": command,
+        "invocation": invocation(),
         "seed": seed,
         "versions": versions(),
         "threads": torch.get_num_threads(),
