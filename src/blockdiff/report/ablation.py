@@ -203,8 +203,8 @@ def _claims(summary: dict[str, Any]) -> Exhibit | None:
 
 
 _VERDICTS = (
-    "What papers, and we, say, and whether it holds: the interval lies on the claimed side of the limit (holds), on the "
-    "other (does not hold), or has the limit inside (not decided)"
+    "What papers, and we, say, and whether it holds: the interval lies on the claimed side of the limit (holds), on "
+    "the other (does not hold), or has the limit inside (not decided)"
 )
 
 

@@ -96,8 +96,8 @@ def _values(sources: list[Source]) -> Exhibit:
             lines.append((f"{name}{row['name']}", f"{row['nats_per_token']:.4f}", se, "", f"{row['ppl']:.2f}", ""))
         for row in _rows(source):
             low, high = row["ppl_ci"] or (row["ppl"], row["ppl"])
-            errors = number(row["se"]), number(row.get("se_mc"))
-            numbers = (f"{row['nats_per_token']:.4f}", *errors, f"{row['ppl']:.2f}", f"{low:.2f} – {high:.2f}")
+            known = number(row["se"]), number(row.get("se_mc"))
+            numbers = (f"{row['nats_per_token']:.4f}", *known, f"{row['ppl']:.2f}", f"{low:.2f} – {high:.2f}")
             lines.append((f"{name}{_place(row)}", *numbers))
     header = ("", "nats/token", "standard error", "of it from draws", "PPL", "95 % interval")
     errors = "standard errors clustered by document; of it from draws: the part of the random masks alone"

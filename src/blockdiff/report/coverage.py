@@ -52,9 +52,7 @@ def _counts(result: dict[str, Any]) -> str:
 def _table(rows: list[dict[str, Any]]) -> DataTable:
     before, size, cells = octaves(rows)
     header = ("tokens of the block", *(f"{span(octave)} before" for octave in before))
-    return DataTable(
-        header, tuple((span(octave), *map(mark, line)) for octave, line in zip(size, cells, strict=True))
-    )
+    return DataTable(header, tuple((span(octave), *map(mark, line)) for octave, line in zip(size, cells, strict=True)))
 
 
 def _picture(result: dict[str, Any], name: str) -> Picture:
@@ -70,7 +68,7 @@ def _picture(result: dict[str, Any], name: str) -> Picture:
         for y, line in enumerate(cells):
             for x, cell in enumerate(line):
                 if cell is not None and cell["uncovered"]:
-                    style = {"facecolor": "none", "edgecolor": INK, "alpha": 0.5, "linewidth": 0}
+                    style: dict[str, Any] = {"facecolor": "none", "edgecolor": INK, "alpha": 0.5, "linewidth": 0}
                     axes.add_patch(Rectangle((x, y), 1, 1, hatch="//", **style))
                 paper = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
                 axes.text(x + 0.5, y + 0.5, mark(cell), ha="center", va="center", bbox=paper)
@@ -78,7 +76,6 @@ def _picture(result: dict[str, Any], name: str) -> Picture:
         axes.set_yticks([y + 0.5 for y in range(len(size))], [span(octave) for octave in size])
         axes.set(xlabel="tokens before the block", ylabel="tokens of the block")
         axes.set_title("x, hatched: never trained, all of it or a part", loc="right", fontsize="medium")
-        bar = figure.colorbar(mesh, label="log2 (asked / trained)")
-        bar.solids.set_edgecolor("face")
+        figure.colorbar(mesh, label="log2 (asked / trained)")
 
     return Picture(name, _WHAT, draw, height=max(2.4, 0.45 * len(size) + 1.4))

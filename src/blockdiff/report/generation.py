@@ -135,7 +135,9 @@ def _counts(sources: list[Source], rows: Rows) -> str:
     judges = [f"judge {source.results['generation']['judge']}" for source in sources]
     texts = f"{extent({row['texts'] for row in rows})} texts a point"
     texts += f" in {extent(groups)} groups" if groups else ""
-    return f"{texts}; the data: {extent({point['texts'] for _, point in _data(sources)})} texts; {each(sources, judges)}"
+    return (
+        f"{texts}; the data: {extent({point['texts'] for _, point in _data(sources)})} texts; {each(sources, judges)}"
+    )
 
 
 def _table(rows: Rows) -> DataTable:

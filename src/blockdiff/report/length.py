@@ -1,4 +1,4 @@
-"""Beyond the trained length: bounds, estimator variance, texts, lengths and caches by position (results/length.json)."""
+"""Beyond the trained length: bounds, variance, texts, lengths and caches by position (results/length.json)."""
 
 from __future__ import annotations
 
@@ -121,7 +121,9 @@ def _texts(sources: list[Source]) -> Exhibit | None:
     errors = "bars: 95 % intervals of the judge's value, ± 1.96 standard errors over texts; none for the others"
     caption = Caption(what, counts, errors=errors, **origin(sources, "length"))
     keys = ("judge_nll", "judge_nll_se", "entropy", "repeated_4grams", "texts")
-    return Exhibit("length-texts", caption, "Texts by position", Picture("length-texts", what, draw), _table(rows, keys))
+    return Exhibit(
+        "length-texts", caption, "Texts by position", Picture("length-texts", what, draw), _table(rows, keys)
+    )
 
 
 def _split(rows: Rows) -> Iterable[tuple[str, str, Rows]]:
@@ -138,9 +140,11 @@ def _lengths(sources: list[Source]) -> Exhibit | None:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for at, row in enumerate(rows):
-            x, y = zip(*row["histogram"], strict=True)
-            style = {**series(at), "marker": "", "drawstyle": "steps-post"}
-            axes.plot(x, [count / sum(y) for count in y], label=f"{row['way']} ({row['cache']})", **style)
+            starts, counts = zip(*row["histogram"], strict=True)
+            width = starts[1] - starts[0] if len(starts) > 1 else 1
+            shares = [count / max(sum(counts), 1) for count in counts]
+            style = {key: value for key, value in series(at).items() if not key.startswith("marker")}
+            axes.stairs(shares, [*starts, starts[-1] + width], label=f"{row['way']} ({row['cache']})", **style)
         axes.set(xlabel="tokens of a text", ylabel="share of texts")
         legend(figure, columns=2)
 
@@ -176,9 +180,7 @@ def _verdicts(sources: list[Source]) -> Exhibit | None:
         return None
     criteria = {source.results["length"].get("criterion", {}).get("says", "") for source in sources} - {""}
     what = "; ".join(sorted(criteria)) or "Whether the declared criterion is held"
-    lines = [
-        (r["way"], r["cache"], "held" if r["held"] else "not held", _signed(r), r.get("says", "")) for r in rows
-    ]
+    lines = [(r["way"], r["cache"], "held" if r["held"] else "not held", _signed(r), r.get("says", "")) for r in rows]
     caption = Caption(what, f"{len(rows)} ways", errors="± one standard error", **origin(sources, "length"))
     header = ("", "cache", "criterion", "difference, nats/token", "")
     return Exhibit("length-verdicts", caption, "The criterion", table=DataTable(header, tuple(lines), (1, 2, 4)))

@@ -99,5 +99,7 @@ def _versions(sources: list[Source]) -> list[str]:
     results: list[dict[str, Any]] = [
         result for source in sources for result in (*source.results.values(), *filter(None, [source.summary]))
     ]
-    words = [", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items()) for result in results]
+    words = [
+        ", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items()) for result in results
+    ]
     return [line for line in dict.fromkeys(words) if line]

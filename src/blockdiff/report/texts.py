@@ -10,7 +10,7 @@ from blockdiff.report.sources import Source
 
 def traces(sources: list[Source]) -> Section | None:
     """The traces of results/traces.json and results/traces-*.json."""
-    exhibits = []
+    exhibits: list[Exhibit] = []
     for source in sources:
         names = sorted(name for name in source.results if name == "traces" or name.startswith("traces-"))
         found = [source.results[name] for name in names]
@@ -27,7 +27,8 @@ def traces(sources: list[Source]) -> Section | None:
 
 _TRACES = (
     "How texts were filled in: boxes are masks, colour and small numbers say at which step of its block a token was "
-    "filled (0: known before denoising began), bars where blocks end. Step with the buttons, the slider or the arrow keys"
+    "filled (0: known before denoising began), bars where blocks end. Step with the buttons, the slider or "
+    "the arrow keys"
 )
 
 
@@ -42,7 +43,7 @@ def _titled(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def samples(sources: list[Source]) -> Section | None:
-    exhibits = []
+    exhibits: list[Exhibit] = []
     for source in sources:
         rows = source.results.get("samples", {}).get("rows", [])
         if rows:
@@ -53,7 +54,9 @@ def samples(sources: list[Source]) -> Section | None:
     return Section("Samples", tuple(exhibits)) if exhibits else None
 
 
-_SAMPLES = "Colour: the step of its block at which a token was filled (pale: known before denoising began; darker: later)"
+_SAMPLES = (
+    "Colour: the step of its block at which a token was filled (pale: known before denoising began; darker: later)"
+)
 
 
 def _tokens(row: dict[str, Any]) -> list[dict[str, Any]]:
