@@ -114,7 +114,7 @@ def generate(
     if recorder is not None:
         size = model.spec.default_block_size if block_size is None else block_size
         way = "the fastest drafts" if lossless and chosen is None else str(chosen or named("threshold"))
-        name = "one token at a time" if size == 1 else f"block size {size}, {way}" + ", lossless" * lossless
+        name = ("one token at a time" if size == 1 else f"blocks of {size}") + ", lossless" * lossless
         settings = {"name": name, "block_size": size, "policy": way, "temperature": temperature}
         rows = [
             {**settings, "seed": seed + number, **recorder.trace(model, number, text, output)}

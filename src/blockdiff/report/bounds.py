@@ -149,7 +149,7 @@ def _differences(sources: list[Source]) -> Exhibit | None:
                 continue
             mean = row["nats_per_token"] - against["nats_per_token"]
             se = _paired_error(against, row)
-            exact = exact and "by_document" in row and "by_document" in against
+            exact = exact and bool(_pairs(against, row))
             interval = "" if se is None else f"{mean - 1.96 * se:+.4f} to {mean + 1.96 * se:+.4f}"
             decided = "" if se is None else ("yes" if abs(mean) > 1.96 * se else "no")
             lines.append((f"{other.label} − {first.label}", _place(row), f"{mean:+.4f}", interval, decided))
@@ -174,14 +174,21 @@ def _same_text(first: Source, other: Source, a: dict[str, Any], b: dict[str, Any
     return (a["tokens"], a["documents"]) == (b["tokens"], b["documents"]) and (None in files or files[0] == files[1])
 
 
+def _pairs(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[float, float, int]]:
+    """Nats under a, nats under b, and tokens of each document, where both rows hold them (`by_document`)."""
+    ours, theirs = a.get("by_document", []), b.get("by_document", [])
+    same = [tokens for _, tokens in ours] == [tokens for _, tokens in theirs]
+    found = [(x, y, tokens) for (x, tokens), (y, _) in zip(ours, theirs, strict=True)] if same else []
+    return found if len(found) > 1 else []
+
+
 def _paired_error(a: dict[str, Any], b: dict[str, Any]) -> float | None:
-    """Standard error of b - a; by_document: [nats, tokens] of each document, in the same order in both."""
+    """Standard error of b - a: of the ratio of sums over documents, or at most the sum of both errors."""
     if a["se"] is None or b["se"] is None:
         return None
-    if "by_document" not in a or "by_document" not in b:
+    pairs = _pairs(a, b)
+    if not pairs:
         return float(a["se"] + b["se"])
-    pairs = list(zip(a["by_document"], b["by_document"], strict=True))
-    tokens = [n for (_, n), _ in pairs]
     mean = b["nats_per_token"] - a["nats_per_token"]
-    residues = [y - x - mean * n for (x, n), (y, _) in pairs]
-    return sqrt(sum(r * r for r in residues) * len(pairs) / (len(pairs) - 1)) / sum(tokens)
+    squares = sum((y - x - mean * tokens) ** 2 for x, y, tokens in pairs)
+    return sqrt(squares * len(pairs) / (len(pairs) - 1)) / sum(tokens for *_, tokens in pairs)
