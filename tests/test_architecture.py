@@ -34,9 +34,9 @@ LAYERS = [
         "progress",
     },
     {"trainer", "engine", "evaluate", "explain"},
-    {"building", "training", "api", "report", "demo", "experiment", "sample", "owntext", "bench", "frontier"}
+    {"building", "training", "api", "report", "demo", "experiment", "sample", "owntext", "bench", "frontier", "curves"}
     | {"trace"},
-    {"cli_options", "cli_data", "cli_experiment", "cli_generate", "cli_bench", "cli", "__main__"},
+    {"cli_options", "cli_data", "cli_evaluate", "cli_experiment", "cli_generate", "cli_bench", "cli", "__main__"},
 ]
 MATH = {"rng", "layout", "distributions", "noise", "masks", "objectives", "reference", "decode", "curriculum"}
 MATH |= {"coverage", "cross_entropy", "passes", "partitions", "masking", "ablations"}
@@ -81,7 +81,16 @@ def test_neighbours_that_must_not_know_each_other():
     assert not {"engine", "evaluate"} & imports["trainer"]
     assert "trainer" not in imports["engine"] | imports["evaluate"]
     assert imports["report"] <= {"files"}
-    commands = {"cli", "cli_options", "cli_data", "cli_experiment", "cli_generate", "cli_bench", "__main__"}
+    commands = {
+        "cli",
+        "cli_options",
+        "cli_data",
+        "cli_evaluate",
+        "cli_experiment",
+        "cli_generate",
+        "cli_bench",
+        "__main__",
+    }
     assert not any((commands | {"demo"}) & used for name, used in imports.items() if name not in commands)
     for name in ("render.py", "plots.py"):  # tables and plots come from the saved JSON and nothing else
         assert "from blockdiff" not in (ROOT / "experiment" / name).read_text()

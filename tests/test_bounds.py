@@ -15,7 +15,8 @@ import blockdiff
 from blockdiff.data import Document
 from blockdiff.datafiles import DataError
 from blockdiff.evaluate import bound, unigram
-from blockdiff.evaluate.bounds import ratio, windows
+from blockdiff.evaluate.bounds import ratio
+from blockdiff.evaluate.windows import window_length, windows
 
 
 def random_documents(lengths: list[int], seed: int = 0, given: int = 1) -> list[Document]:
@@ -119,7 +120,7 @@ def test_documents_beyond_the_trained_length_are_scored_in_windows():
     (document,) = random_documents([61], given=3)
     for size, offset in ((1, 0), (4, 0), (4, 3), (5, 2), (8, 0), (10, 7), (12, 0), (13, 11), (15, 0), (15, 14)):
         seen = np.zeros(61, dtype=int)
-        pieces = list(windows(model, [document], size, offset))
+        pieces = list(windows([document], size, offset, window_length(model)))
         for piece in pieces:
             assert len(piece.document) <= 16
             scored = np.flatnonzero(~piece.document.prompt) + piece.origin
@@ -137,7 +138,7 @@ def test_documents_beyond_the_trained_length_are_scored_in_windows():
     ids, total = torch.tensor(document.ids.astype(int)), 0.0
     with torch.no_grad():
         model.backbone.set_attn_implementation("sdpa")
-        for piece in windows(model, [document], 1, 0):
+        for piece in windows([document], 1, 0, window_length(model)):
             window = ids[piece.origin : piece.origin + len(piece.document)]
             logits = model.backbone(input_ids=window[None]).logits[0]
             logits[:, model.spec.mask_id] = -torch.inf

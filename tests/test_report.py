@@ -47,28 +47,29 @@ def lengths() -> dict[str, Any]:
     pairs = [{"way": way, "cache": cache} for way in ways for cache in caches]
     mean = {"mean": 25.0, "sd": 8.0, "median": 24, "p90": 40, "unended": 2, "histogram": histogram}
     held = {"held": True, "difference": 0.01, "se": 0.004, "says": "within 0.05 nats"}
+    undecided = {**pairs[0], **held, "held": None, "difference": 0.05}
     return {
         "command": "eval length",
         "invocation": "blockdiff eval length runs/a/checkpoint --json runs/a/results/length.json",
         "seed": 3,
         "trained_length": 64,
-        "criterion": {"cache": "window", "bin": 7, "below": 0.05, "says": "the last range within 0.05 nats"},
+        "criterion": {"cache": "window", "below": 0.05, "entropy": 0.9},
         "rows": rows,
         "texts": texts,
         "lengths": [{**pair, **mean} for pair in pairs],
         "differences": [{**pair, "bin": at, "max_abs_difference": 1e-6 * (at + 1)} for pair in pairs for at in (0, 7)],
-        "verdicts": [{**pair, **held} for pair in pairs],
+        "verdicts": [undecided, *({**pair, **held} for pair in pairs[1:])],
     }
 
 
 def generations() -> dict[str, Any]:
     rows = []
-    for way, budgets, shift in (("AR", (None,), 0.0), ("b = 8", (16, 64), 0.2)):
+    for way, budgets, shift in (("AR", (64,), 0.0), ("b = 8", (16, 64), 0.2)):
         for budget in budgets:
             for temperature in (0.7, 1.0, 1.2):
                 quality = {"judge_nll": 2.0 + temperature + shift, "judge_nll_sd": 0.1, "judge_nll_se": 0.05}
                 quality |= {"entropy": 4.0 + temperature, "entropy_sd": 0.03, "distinct_1": 0.4, "mauve": None}
-                speed = {"forwards_per_text": budget or 128, "tokens_per_forward": 128 / (budget or 128)}
+                speed = {"forwards_per_text": 1.1 * budget, "tokens_per_forward": 64 / budget}
                 nearest = {"texts": 64, "blank": 0, "groups": 4, "nearest_to_data": temperature == 1.0}
                 rows.append({"way": way, "temperature": temperature, "budget": budget, **quality, **speed, **nearest})
     data = {"judge_nll": 3.0, "judge_nll_se": 0.04, "entropy": 5.0, "texts": 64}
@@ -185,6 +186,9 @@ def test_captions_say_what_how_many_seeds_errors_and_the_command(runs):
         assert all(f"<p>{part}: " in figure for part in ("n", "Seeds", "Errors")), name
         assert "Made by <code>blockdiff " in figure, name
     assert "16 texts" in text_of(page, "length-texts")
+    assert all(
+        f">{words}<" in text_of(page, "length-verdicts") for words in ("held", "not decided", "+0.0100 ± 0.0040")
+    )
     assert "64 texts a point in 4 groups; the data: 64 texts; judge a-judge" in text_of(page, "frontier")
 
 
@@ -219,37 +223,41 @@ def test_several_runs_are_one_page_with_a_colour_each(runs, tmp_path, capsys, mo
     assert "var(--series-1)" not in text_of(single, "bounds")
 
 
-def test_differences_between_runs_are_paired_where_documents_allow(runs, tmp_path):
+def test_differences_between_runs_are_paired_where_they_were_compared(runs, tmp_path):
     paths = [tmp_path / "first", tmp_path / "second"]
     files = [path / "results" / "bound.json" for path in paths]
     results = [json.loads((runs / path.name / "results" / "bound.json").read_text()) for path in paths]
     for path in paths:
         (path / "results").mkdir(parents=True)
         (path / "config.yaml").touch()
-    tokens = [[10, 30], [20, 50], [30, 20]]
     for number, (file, result) in enumerate(zip(files, results, strict=True)):
-        for row in result["rows"]:
-            shift = 0.1 * number * (row["block_size"] == 4)
-            row |= {"nats_per_token": 2.0 + shift, "se": 0.5, "tokens": 60, "documents": 3}
-            row["by_document"] = [[(2 + shift) * n + number * extra * 0.01, n] for n, extra in tokens]
-            row["nats_per_token"] = sum(nats for nats, _ in row["by_document"]) / 60
+        result["rows"] = [row for row in result["rows"] if row["block_size"] == 4 and row["offset"] == 0]
+        result["rows"][0] |= {"nats_per_token": 2.0 + 0.1 * number, "se": 0.5, "tokens": 60, "documents": 3}
         file.write_text(json.dumps(result))
-    figure = text_of(report.compare(paths, tmp_path / "a.html").read_text(), "differences")
-    assert "paired by document" in figure
-    cells = re.findall(r">block size 4</td><td>([^<]*)</td><td>([^<]*)</td><td>([^<]*)</td>", figure)
-    mean = 0.1 + 1.0 / 60
-    residues = [0.1 * n + extra * 0.01 - mean * n for n, extra in tokens]
-    se = (sum(r * r for r in residues) * 3 / 2) ** 0.5 / 60
-    assert cells[0] == (f"{mean:+.4f}", f"{mean - 1.96 * se:+.4f} to {mean + 1.96 * se:+.4f}", "yes")
-    for file, result in zip(files, results, strict=True):  # without them: no pairing, the widest interval
-        for row in result["rows"]:
-            del row["by_document"]
-        file.write_text(json.dumps(result))
-    figure = text_of(report.compare(paths, tmp_path / "a.html").read_text(), "differences")
-    assert f"{mean - 1.96:+.4f} to {mean + 1.96:+.4f}</td><td>no" in figure
-    results[1]["data"] = ["another.jsonl"]  # and of another text there are no differences
-    files[1].write_text(json.dumps(results[1]))
+
+    def cells() -> list[str]:
+        figure = text_of(report.compare(paths, tmp_path / "a.html").read_text(), "differences")
+        return re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", figure)[5:]
+
+    # not compared: the widest interval
+    assert cells() == ["second − first", "block size 4", "+0.1000", "-1.8600 to +2.0600", "no"]
+    row = {"block_size": 4, "other_block_size": 4, "nats_per_token": 0.1, "nats_ci": [0.06, 0.14]}
+    files[1].write_text(json.dumps(results[1] | {"against": f"{paths[0]}/checkpoint", "compared": [row]}))
+    assert cells() == ["second − first", "block size 4", "+0.1000", "+0.0600 to +0.1400", "yes"]
+    # of another text there are no differences
+    files[1].write_text(json.dumps(results[1] | {"data": ["another.jsonl"]}))
     assert "figure-differences" not in report.compare(paths, tmp_path / "a.html").read_text()
+
+
+def test_one_file_of_results_is_a_page_too(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run("report", runs / "first" / "results" / "length.json", capsys=capsys)
+    assert (code, out.strip()) == (0, "report: report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<h2>Length</h2>" in page
+    assert "eval length" in page
+    assert "<h2>Generation</h2>" not in page
+    assert not (tmp_path / "figures").exists()
 
 
 def test_an_experiment_shows_both_errors_its_claims_and_its_tests(runs, tmp_path):
@@ -291,7 +299,7 @@ def test_a_run_of_an_experiment_shows_what_the_experiment_measured(runs, tmp_pat
 def test_bad_paths_and_damaged_files_are_one_line(runs, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(runs / "first", folder)
-    (tmp_path / "other.json").write_text('{"command": "eval bound", "rows": []}')
+    (tmp_path / "other.json").write_text('{"command": "bench decode", "rows": []}')
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "old.json").write_text('{"command": "experiment", "rows": []}')
@@ -299,8 +307,8 @@ def test_bad_paths_and_damaged_files_are_one_line(runs, tmp_path, capsys):
         ([tmp_path / "nowhere"], "nowhere: no such run; give its directory"),
         ([tmp_path], "no config.yaml in it"),
         ([folder, folder], "run: given twice; give every run or experiment once"),
-        ([tmp_path / "other.json"], "other.json: not the summary of an experiment"),
-        ([tmp_path / "list.json"], "list.json: not the summary of an experiment"),
+        ([tmp_path / "other.json"], "other.json: neither the summary of an experiment nor a result of eval bound"),
+        ([tmp_path / "list.json"], "list.json: neither the summary of an experiment"),
         ([tmp_path / "broken.json"], "broken.json: not JSON"),
         ([tmp_path / "old.json"], "old.json: no about; write it anew"),
         ([folder, runs / "second", "--out", tmp_path], "is a directory; give --out a file"),

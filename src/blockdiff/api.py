@@ -152,11 +152,6 @@ class Model(BlockDiffusionModel):
         return compile_pattern(pattern, self._pieces, self.end_ids)
 
     @property
-    def control_ids(self) -> tuple[int, ...]:
-        """Special tokens that are never part of a text: all but those that end it."""
-        return tuple(sorted(set(self._tokenizer.all_special_ids) - set(self.end_ids)))
-
-    @property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
             raise ValueError("the model has no tokenizer: load it from a directory that holds one")
@@ -211,7 +206,8 @@ def documents_of(
     if isinstance(texts, str | Path):
         return read_corpus(texts, encoder, bad_rows).documents
     names = [f"text {number}" for number in range(1, len(texts) + 1)]
-    return [encoder.document(ids, 1, name) for ids, name in zip(encoder.tokenize(texts), names, strict=True)]
+    tokenized = zip(texts, encoder.tokenize(texts), names, strict=True)
+    return [encoder.text(text, ids, name) for text, ids, name in tokenized]
 
 
 def bound(
@@ -222,6 +218,7 @@ def bound(
     offsets: Sequence[int] = (0,),
     draws: int = 8,
     exact: bool = False,
+    orders: int = 0,
     left_bias: float = 0.0,
     seed: int = 0,
 ) -> list[BoundRow]:
@@ -233,6 +230,7 @@ def bound(
         offsets=offsets,
         draws=draws,
         exact=exact,
+        orders=orders,
         left_bias=left_bias,
         seed=seed,
     )

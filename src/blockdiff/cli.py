@@ -6,33 +6,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from blockdiff import cli_bench, cli_data, cli_experiment, cli_generate
-from blockdiff.cli_options import (
-    BlockSize,
-    Changes,
-    JsonFile,
-    LeftBias,
-    ModelPath,
-    PerStep,
-    PolicyName,
-    Seed,
-    Threshold,
-    chosen_policy,
-    err,
-    load_model,
-    out,
-    progress,
-    whole_numbers,
-    write_result,
-)
-
-if TYPE_CHECKING:
-    from blockdiff.datafiles import BadRows
-    from blockdiff.evaluate import BoundRow
+from blockdiff import cli_bench, cli_data, cli_evaluate, cli_experiment, cli_generate
+from blockdiff.cli_options import Changes, JsonFile, Seed, err, out, write_result
 
 app = typer.Typer(
     help="Train, adapt, measure, decode and serve block diffusion language models.",
@@ -41,8 +20,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
-evaluations = typer.Typer(help="Measure a model, with standard errors.", no_args_is_help=True)
-app.add_typer(evaluations, name="eval")
 
 
 @app.command()
@@ -96,104 +73,10 @@ def explain(
     out.print(explanation(load_config(config, changes), seed))
 
 
-@evaluations.command("bound")
-def eval_bound(
-    path: ModelPath,
-    data: Annotated[list[Path], typer.Option(help="Data file: .txt, .jsonl, .parquet; repeatable.")],
-    block_sizes: Annotated[str, typer.Option(help="Comma-separated block sizes.")] = "1,2,4,8,16",
-    offsets: Annotated[str, typer.Option(help="Comma-separated offsets of the first block's end.")] = "0",
-    draws: Annotated[int, typer.Option(help="Noise draws of each document.", min=1)] = 8,
-    exact: Annotated[bool, typer.Option("--exact", help="Enumerate the masks of small blocks instead.")] = False,
-    left_bias: Annotated[float, typer.Option(help="Left bias of the reveal order; 0: uniform.", min=0.0)] = 0.0,
-    limit: Annotated[int | None, typer.Option(help="Score only the first so many documents.", min=1)] = None,
-    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave unusable rows out.")] = False,
-    seed: Seed = 0,
-    json_file: JsonFile = None,
-) -> None:
-    """Bound on the negative log-likelihood of a text, in nats per token, at any block size and offset."""
-    from blockdiff import evaluate, report
-    from blockdiff.api import documents_of
-    from blockdiff.runtime import record
-
-    sizes, shifts = whole_numbers(block_sizes, "--block-sizes"), whole_numbers(offsets, "--offsets")
-    model = load_model(path)
-    bad_rows: BadRows = "skip" if skip_bad_rows else "error"
-    documents = [document for file in data for document in documents_of(model, file, bad_rows)][:limit]
-    with progress("scoring") as on_progress:
-        rows: list[BoundRow] = evaluate.bound(
-            model,
-            documents,
-            sizes,
-            offsets=shifts,
-            draws=draws,
-            exact=exact,
-            left_bias=left_bias,
-            seed=seed,
-            on_progress=on_progress,
-        )
-    results = [row.to_json() for row in rows]
-    out.print(report.bound_table(results))
-    write_result(json_file, record("eval bound", seed, model=path, data=[str(file) for file in data], rows=results))
-
-
-@evaluations.command("coverage")
-def eval_coverage(
-    path: ModelPath,
-    block_size: BlockSize = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 16,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 128,
-    policy: PolicyName = "threshold",
-    threshold: Threshold = None,
-    per_step: PerStep = None,
-    left_bias: LeftBias = None,
-    data: Annotated[list[Path] | None, typer.Option(help="Ask for an evaluation on this file instead.")] = None,
-    block_sizes: Annotated[str, typer.Option(help="With --data: comma-separated block sizes.")] = "1,2,4,8,16",
-    offsets: Annotated[str, typer.Option(help="With --data: comma-separated offsets.")] = "0",
-    figure: Annotated[Path | None, typer.Option(help="Also draw the map as PNG to this file.")] = None,
-    json_file: JsonFile = None,
-) -> None:
-    """Whether training covers what a decoder, or an evaluation, would ask of the model. Exit code 1: not all of it."""
-    from blockdiff import evaluate, report
-    from blockdiff.api import documents_of
-    from blockdiff.runtime import record
-
-    chosen = chosen_policy(policy, threshold, per_step, None if data else left_bias)
-    sizes, shifts = whole_numbers(block_sizes, "--block-sizes"), whole_numbers(offsets, "--offsets")
-    if data and block_size is not None:
-        raise ValueError("--block-size asks about a decoder and --data about an evaluation: give one of them")
-    model = load_model(path)
-    if data:
-        documents = [document for file in data for document in documents_of(model, file)]
-        found = evaluate.evaluation_coverage(model, documents, sizes, shifts, left_bias or 0.0)
-        request: dict[str, Any] = {
-            "data": [str(file) for file in data],
-            "block_sizes": sizes,
-            "offsets": shifts,
-            "left_bias": left_bias or 0.0,
-        }
-    else:
-        size = model.spec.default_block_size if block_size is None else block_size
-        found = model.coverage(prompt_tokens, max_new_tokens=max_new_tokens, block_size=size, policy=chosen)
-        request = {
-            "prompt_tokens": prompt_tokens,
-            "max_new_tokens": max_new_tokens,
-            "block_size": size,
-            "policy": str(chosen),
-        }
-    result = record("eval coverage", 0, model=path, request=request, **found.to_json())
-    out.print(report.coverage_summary(result), highlight=False)
-    if figure is not None:
-        report.coverage_figure(result, figure)
-        out.print(f"figure: {figure}")
-    write_result(json_file, result)
-    if not found.covered:
-        raise typer.Exit(1)
-
-
 @app.command("report")
 def make_report(
     paths: Annotated[
-        list[Path], typer.Argument(help="Directories of runs or experiments, or summaries of experiments (JSON).")
+        list[Path], typer.Argument(help="Directories of runs or experiments, or files of results (JSON).")
     ],
     output: Annotated[Path | None, typer.Option("--out", help="Page to write.")] = None,
 ) -> None:
@@ -204,6 +87,7 @@ def make_report(
     out.print(f"report: {page}")
 
 
+app.add_typer(cli_evaluate.evaluations, name="eval")
 app.add_typer(cli_data.data, name="data")
 app.add_typer(cli_bench.bench, name="bench")
 app.command()(cli_experiment.experiment)
@@ -212,8 +96,8 @@ app.command()(cli_data.sample)
 app.command()(cli_generate.generate)
 app.command()(cli_generate.infill)
 app.command()(cli_generate.policies)
-evaluations.command("generation")(cli_data.eval_generation)
-evaluations.command("variance")(cli_experiment.eval_variance)
+cli_evaluate.evaluations.command("tasks")(cli_data.eval_generation)
+cli_evaluate.evaluations.command("variance")(cli_experiment.eval_variance)
 
 
 @app.callback(invoke_without_command=True)

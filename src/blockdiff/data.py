@@ -33,11 +33,13 @@ _CHUNK = 512
 
 @dataclass(frozen=True)
 class Document:
-    """ids int32 [n] and prompt bool [n] (True: given). `name` says where it came from."""
+    """ids int32 [n] and prompt bool [n] (True: given). `name` says where it came from; text_bytes: UTF-8 bytes of the
+    scored text (None: unknown, as of a part of a text)."""
 
     ids: NDArray[np.int32]
     prompt: NDArray[np.bool_]
     name: str
+    text_bytes: int | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -94,7 +96,14 @@ class Encoder:
         whole = self.tokenizer(prompt + completion)["input_ids"]
         if whole[: len(lead)] != lead:  # a token would straddle the boundary: keep the prompt's own tokens
             whole = lead + self.tokenizer(completion, add_special_tokens=False)["input_ids"]
-        return self.document(whole, len(lead), name)
+        return self.document(whole, len(lead), name, len(completion.encode()))
+
+    def text(self, text: str, ids: list[int], name: str) -> Document:
+        """A plain text, already tokenized: all but its first token is scored."""
+        given = (
+            0 if ids[:1] and ids[0] in self.tokenizer.all_special_ids else len(self.tokenizer.decode(ids[:1]).encode())
+        )
+        return self.document(ids, 1, name, len(text.encode()) - given)
 
     def chat(self, messages: list[dict[str, Any]], name: str) -> Document:
         """A conversation through the tokenizer's chat template; the assistant's turns are scored."""
@@ -120,7 +129,8 @@ class Encoder:
                 if ids[i] in self.end_ids:  # what the template puts after the turn's end is not the assistant's
                     break
         prompt[0] = True
-        return Document(np.array(ids, dtype=np.int32), prompt, name)
+        size = sum(len(whole[begin:end].encode()) for begin, end in turns)
+        return Document(np.array(ids, dtype=np.int32), prompt, name, size)
 
     def _chat_tokens(self, text: str, cuts: list[int]) -> tuple[list[int], list[int]]:
         """Token ids and where each begins. Where a token would straddle a cut, the text is tokenized in parts: decoding
@@ -149,15 +159,16 @@ class Encoder:
         assert isinstance(text, str)
         return text
 
-    def document(self, ids: list[int], given: int, name: str) -> Document:
-        """A document of these tokens, the first `given` (at least one) of them given, closed by the end token."""
+    def document(self, ids: list[int], given: int, name: str, size: int | None = None) -> Document:
+        """A document of these tokens, the first `given` (at least one) of them given, closed by the end token; size:
+        bytes of its scored text."""
         if self.end_id is not None and (len(ids) < 2 or ids[-1] != self.end_id):
             ids = [*ids, self.end_id]
         prompt = np.zeros(len(ids), dtype=np.bool_)
         prompt[: max(given, 1)] = True
         if prompt.all():
             raise DataError(f"{name}: nothing is left to score after the first token; give a longer text")
-        return Document(np.array(ids, dtype=np.int32), prompt, name)
+        return Document(np.array(ids, dtype=np.int32), prompt, name, size)
 
 
 def read_corpus(paths: str | Path | Sequence[str | Path], encoder: Encoder, bad_rows: BadRows = "error") -> Corpus:
@@ -293,7 +304,7 @@ def _encode(
     for name, row in rows:
         try:
             if _is_text(row):
-                documents.append(encoder.document(next(encoded), 1, name))
+                documents.append(encoder.text(row["text"], next(encoded), name))
             elif isinstance(row.get("messages"), list) and all(_is_message(m) for m in row["messages"]):
                 documents.append(encoder.chat(row["messages"], name))
             elif isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str) and row["completion"]:

@@ -71,6 +71,11 @@ def visible(
     return allowed
 
 
+def narrower(window: int | None, other: int | None) -> int | None:
+    """The smaller of two sliding windows; None is none."""
+    return min((w for w in (window, other) if w is not None), default=None)
+
+
 @dataclass
 class AttentionSums:
     """Collects how much the queries of a pass look at each of its own tokens: total float [B, Q], of the last layer
@@ -134,7 +139,8 @@ class Visibility:
 
     Rendered once for each window and shared by all layers. Nothing here is ever handed to a model's own mask
     handling: the attention function of `blockdiff.attention` picks the rendering it needs, so a boolean mask can
-    never be *added* to scores, and a sliding window is never lost.
+    never be *added* to scores, and a sliding window is never lost. `reach`: the sliding window of a bounded cache, in
+    every layer that has no narrower one of its own.
     """
 
     query: TokenMap
@@ -143,6 +149,7 @@ class Visibility:
     windows: dict[int, int | None] = field(default_factory=dict, repr=False, compare=False)
     annealing: Annealing | None = None
     attention: AttentionSums | None = None
+    reach: int | None = None
     held: KeysAndValues | None = None
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 

@@ -169,6 +169,7 @@ class BlockDiffusionModel(nn.Module):
         self.tokenizer = tokenizer
         self.spec = spec
         self.windows: dict[int, int | None] = {}
+        self.cache_window: int | None = None  # tokens that every layer looks back at most: a bounded cache
         self.notes: list[str] = []
         self.adapter: AttachedAdapter | None = None
         self.reading = Reading(backbone, head)
@@ -208,6 +209,12 @@ class BlockDiffusionModel(nn.Module):
                 return tuple(found) if isinstance(found, list | tuple) else (int(found),)
         found = getattr(self.tokenizer, "eos_token_id", None)
         return () if found is None else (int(found),)
+
+    @property
+    def control_ids(self) -> tuple[int, ...]:
+        """Special tokens that are never part of a text: all but those that end it."""
+        special = () if self.tokenizer is None else self.tokenizer.all_special_ids
+        return tuple(sorted(set(special) - set(self.end_ids)))
 
     def forward(
         self,
@@ -328,7 +335,7 @@ class BlockDiffusionModel(nn.Module):
         annealing: Annealing | None = None,
     ) -> Tensor:
         key = tokens if past is None or past.tokens is None else TokenMap.cat(past.tokens, tokens)
-        visibility = Visibility(tokens, key, self.spec.clean_context, self.windows, annealing)
+        visibility = Visibility(tokens, key, self.spec.clean_context, self.windows, annealing, reach=self.cache_window)
         fused = target is not None and self.reading.plain_head
         whole = past is not None or self._checkpoints
         with self.reading.only(read, ids.shape, narrow=not whole, stop=fused):

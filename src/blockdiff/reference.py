@@ -41,7 +41,7 @@ def textbook(network: Callable[..., Any], clean_context: CleanContext, mask_id: 
 
     One dense mask [B, 1, T, T] is handed to the network's own attention, and every slot has its logits (BD3-LM's way,
     arXiv 2503.09573, and that of the public implementations). For networks without sliding windows, whose attention
-    takes a boolean mask (transformers' `sdpa`). Both streams are in one pass, whether they were asked for `apart` or not.
+    takes a boolean mask (transformers' `sdpa`). Both streams are in one pass, asked for `apart` or not.
     """
 
     def losses(

@@ -49,24 +49,25 @@ def versions() -> dict[str, str]:
     return found
 
 
-def invocation() -> str:
-    """The command line of this process, as it can be typed again."""
-    program = Path(sys.argv[0])
-    name = program.parent.name if program.name == "__main__.py" else program.name
-    return shlex.join([name, *sys.argv[1:]])
-
-
 def record(command: str, seed: int, **contents: Any) -> dict[str, Any]:
-    """A JSON result: what ran, with which seed, versions and threads, and its contents (usually `rows`)."""
+    """A JSON result: what ran (and its command line), with which seed, versions and threads, and its contents (usually
+    `rows`)."""
     return {
         "command": command,
-        "invocation": invocation(),
+        "invocation": _invocation(),
         "seed": seed,
         "versions": versions(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         **contents,
     }
+
+
+def _invocation() -> str | None:
+    """The command line, where this process is one of ours."""
+    name = Path(sys.argv[0])
+    ours = name.name == "blockdiff" or (name.name == "__main__.py" and name.parent.name == "blockdiff")
+    return shlex.join(["blockdiff", *sys.argv[1:]]) if ours else None
 
 
 def quiet_libraries() -> None:

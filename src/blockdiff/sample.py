@@ -17,7 +17,7 @@ from blockdiff.data import Document
 from blockdiff.decode import POLICIES, Sampling
 from blockdiff.engine import Output, Request, generate
 from blockdiff.evaluate import document_nll
-from blockdiff.evaluate.bounds import window_length
+from blockdiff.evaluate.windows import window_length
 from blockdiff.files import write_lines
 from blockdiff.rng import uniform
 

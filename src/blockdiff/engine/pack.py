@@ -47,7 +47,7 @@ class Pack:
             first += len(share.noisy_at)
         segments = [s for share in shares for s in share.clean] + [s for share in shares for s in share.noisy]
         return Pack(
-            RaggedPass(pages, segments, model.spec.clean_context, device),
+            RaggedPass(pages, segments, model.spec.clean_context, device, model.cache_window),
             torch.cat(ids),
             torch.tensor(clean_at + noisy_at, device=device),
             torch.tensor(read, dtype=torch.int64, device=device),

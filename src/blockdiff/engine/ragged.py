@@ -11,7 +11,7 @@ Shapes: T tokens of the pass, H heads, G key/value heads, D head size, q tokens 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from blockdiff.attention import Scores, eager_attention
 from blockdiff.engine.pages import Pages, Table
 from blockdiff.layout import TokenMap
-from blockdiff.masks import AttentionSums, CleanContext, Visibility
+from blockdiff.masks import AttentionSums, CleanContext, Visibility, narrower
 
 Sees = Literal["all", "causal", "all but the seed", "map"]
 
@@ -132,6 +132,7 @@ class RaggedPass:
     segments: Sequence[Segment]
     context: CleanContext
     device: torch.device
+    reach: int | None = None
     slots: Tensor = field(init=False)
     _stacks: list[Stack] = field(init=False)
     _masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict, init=False)
@@ -157,6 +158,8 @@ class RaggedPass:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """query [1, H, T, D], key and value [1, G, T, D] -> [1, H, T, D]; keys and values go to the pages first."""
+        if self.reach is not None:
+            scores = replace(scores, window=narrower(scores.window, self.reach))
         keys, values = self.pages.write(layer, self.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
         parts = []
         for number, stack in enumerate(self._stacks):

@@ -1,26 +1,39 @@
 """Measures of a model: bounds with standard errors, and whether its training covers what is asked of it."""
 
 from blockdiff.evaluate.bounds import BoundRow, bound, check_bound, document_nll, unigram
+from blockdiff.evaluate.compare import Comparison, compare
 from blockdiff.evaluate.coverage import decode_coverage, evaluation_coverage, output_coverage, trained_calls
+from blockdiff.evaluate.frontier import FrontierRow, data_point, measure_frontier
 from blockdiff.evaluate.generation import GenerationRow, Question, answer_questions, read_questions
 from blockdiff.evaluate.judge import Judged, judge_texts
+from blockdiff.evaluate.length import measure_way
+from blockdiff.evaluate.plan import FrontierPlan, LengthPlan, read_plan
 from blockdiff.evaluate.variance import VarianceRow, gradient_variance
 
 __all__ = [
     "BoundRow",
+    "Comparison",
+    "FrontierPlan",
+    "FrontierRow",
     "GenerationRow",
     "Judged",
+    "LengthPlan",
     "Question",
     "VarianceRow",
     "answer_questions",
     "bound",
     "check_bound",
+    "compare",
+    "data_point",
     "decode_coverage",
     "document_nll",
     "evaluation_coverage",
     "gradient_variance",
     "judge_texts",
+    "measure_frontier",
+    "measure_way",
     "output_coverage",
+    "read_plan",
     "read_questions",
     "trained_calls",
     "unigram",

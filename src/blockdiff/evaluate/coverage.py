@@ -19,7 +19,8 @@ from blockdiff.coverage import (
 from blockdiff.data import Document
 from blockdiff.decode import Policy
 from blockdiff.engine import Output
-from blockdiff.evaluate.bounds import check_bound, windows
+from blockdiff.evaluate.bounds import check_bound
+from blockdiff.evaluate.windows import window_length, windows
 from blockdiff.model import BlockDiffusionModel
 
 
@@ -93,7 +94,7 @@ def evaluation_coverage(
         for offset in (o for o in offsets if o == 0 or o < size):
             spans = Counter(
                 (given, scored, window.head)
-                for window in windows(model, documents, size, offset)
+                for window in windows(documents, size, offset, window_length(model))
                 for given, scored in window.document.spans()
             )
             grids.append(grid_calls(model.spec.alignment, spans, size, left_bias))

@@ -13,10 +13,17 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from blockdiff.data import Document
 from blockdiff.decode import MASK, OpenBlocks, Policy, Sampling, SamplingBatch, gumbel, propose
+from blockdiff.distributions import Fixed
+from blockdiff.layout import TokenMap
+from blockdiff.masks import visible
+from blockdiff.model import Spec
+from blockdiff.objectives import Alignment
 
 
 class Source(ABC):
@@ -152,3 +159,53 @@ def sampling_distance(law: Tensor, rows: int) -> float:
 
 def _normalised(weight: Tensor) -> Tensor:
     return weight / weight.sum(-1, keepdim=True)
+
+
+class OracleModel(nn.Module):
+    """A source in the place of a trained model, for `evaluate.bound`: its bounds are the source's own entropy.
+
+    Symbols are tokens 0 .. V - 1, a document begins with token V (given), and token V + 1 is [MASK].
+    """
+
+    def __init__(self, source: Source, length: int, alignment: Alignment = Alignment("same")) -> None:  # noqa: B008
+        super().__init__()
+        self.source, self.length = source, length
+        self.vocabulary = source.symbols + 2
+        self.context_length = length + 1
+        self.device = torch.device("cpu")
+        self.spec = Spec(mask_id=source.symbols + 1, alignment=alignment, layout=Fixed(1), trained_length=length + 1)
+
+    def forward(self, ids: Tensor, tokens: TokenMap, *, read: Tensor, target: Tensor) -> Tensor:
+        """-log P(target | what the slot `read` sees), float64 [R], by the rule of visibility."""
+        row, slot = read // ids.shape[1], read % ids.shape[1]
+        sees = visible(tokens[row, slot][:, None], tokens[row], self.spec.clean_context)
+        shown = ids[row]
+        sees &= (shown < self.source.symbols) & (tokens.position[row] > 0)
+        place = torch.where(sees, tokens.position[row] - 1, self.length)  # the rest falls into a column that is cut off
+        known = torch.zeros(len(read), self.length + 1, dtype=torch.bool).scatter(1, place, sees)[:, :-1]
+        found = torch.zeros(len(read), self.length + 1, dtype=torch.int64)
+        found = found.scatter(1, place, torch.where(sees, shown, 0))[:, :-1]
+        wanted = tokens.position[row, slot] - 1 + int(self.spec.alignment.shift)
+        losses = self.source.log_conditionals(found, known)
+        return -losses[torch.arange(len(read)), wanted, target]
+
+    def document(self, ids: Tensor, name: str) -> Document:
+        """A string of symbols [n] as a document."""
+        given = np.zeros(len(ids) + 1, dtype=np.bool_)
+        given[0] = True
+        whole = np.concatenate([[self.source.symbols], ids.numpy()]).astype(np.int32)
+        return Document(whole, given, name, len(ids))
+
+
+def sample(source: Source, n: int, rows: int, seed: int) -> Tensor:
+    """Independent strings of n symbols from the source's law: int64 [rows, n]."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.multinomial(source.law(n), rows, replacement=True, generator=generator)
+    powers = source.symbols ** torch.arange(n - 1, -1, -1)
+    return drawn[:, None] // powers % source.symbols
+
+
+def entropy(source: Source, n: int) -> float:
+    """Entropy of strings of n symbols, in nats."""
+    law = source.law(n)
+    return float(-(law * law.clamp(min=1e-300).log()).sum())

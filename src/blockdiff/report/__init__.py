@@ -6,6 +6,14 @@
 
 from blockdiff.report.coverage import coverage_figure
 from blockdiff.report.page import compare, write
-from blockdiff.report.terminal import bound_table, coverage_map, coverage_summary
+from blockdiff.report.terminal import bound_table, comparison_table, coverage_map, coverage_summary
 
-__all__ = ["bound_table", "compare", "coverage_figure", "coverage_map", "coverage_summary", "write"]
+__all__ = [
+    "bound_table",
+    "compare",
+    "comparison_table",
+    "coverage_figure",
+    "coverage_map",
+    "coverage_summary",
+    "write",
+]

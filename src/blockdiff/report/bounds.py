@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from math import isfinite, sqrt
+from collections.abc import Sequence
+from math import isfinite
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -138,57 +139,61 @@ def _shifts(source: Source, size: int) -> Rows:
 
 
 def _differences(sources: list[Source]) -> Exhibit | None:
-    """Every later run minus the first, where both were measured on the same documents."""
-    first, *others = sources
-    lines, exact = [], True
-    for other in others:
-        base = {(row["block_size"], row["offset"]): row for row in _rows(first)}
-        for row in _rows(other):
-            against = base.get((row["block_size"], row["offset"]))
-            if against is None or not _same_text(first, other, against, row):
-                continue
-            mean = row["nats_per_token"] - against["nats_per_token"]
-            se = _paired_error(against, row)
-            exact = exact and bool(_pairs(against, row))
-            interval = "" if se is None else f"{mean - 1.96 * se:+.4f} to {mean + 1.96 * se:+.4f}"
-            decided = "" if se is None else ("yes" if abs(mean) > 1.96 * se else "no")
-            lines.append((f"{other.label} − {first.label}", _place(row), f"{mean:+.4f}", interval, decided))
-    if not lines:
+    """What `eval bound --against` compared, and every later run minus the first where that was not compared."""
+    lines = [line for source in sources for line in _compared(source, sources)]
+    known = {line[0] for line in lines}
+    wide = [line for other in sources[1:] for line in _subtracted(sources[0], other) if line[0] not in known]
+    if not lines and not wide:
         return None
-    what = f"Differences to {first.label}, nats per token: below 0 the run of the row is better"
-    errors = "95 % intervals, paired by document" if exact else _WIDE
+    what = "Differences between models on the same documents, nats per token: below 0 the one named first is better"
+    errors = [_BOOTSTRAP] if lines else []
+    errors += [_WIDE] if wide else []
     header = ("", "place", "difference", "95 % interval", "leaves 0 out")
-    caption = Caption(what, _counts(sources), errors=errors, **origin(sources, "bound"))
-    return Exhibit("differences", caption, "Differences", table=DataTable(header, tuple(lines), (1,)))
+    caption = Caption(what, _counts(sources), errors="; ".join(errors), **origin(sources, "bound"))
+    return Exhibit("differences", caption, "Differences", table=DataTable(header, (*lines, *wide), (1,)))
 
 
+_BOOTSTRAP = "of `eval bound --against`: bootstrap over documents, paired"
 _WIDE = (
-    "95 % intervals; where a result holds no values by document, from the sum of both standard errors, which no "
-    "pairing can exceed"
+    "of runs that were not compared so: 95 % intervals of the sum of both standard errors, which no pairing can exceed"
 )
 
 
+def _compared(source: Source, sources: list[Source]) -> list[tuple[str, ...]]:
+    result = source.results["bound"]
+    against = str(result.get("against"))
+    labels = {str(other.path / "checkpoint"): other.label for other in sources}
+    name = f"{source.label} − {labels.get(against, against)}"
+    return [
+        _line(name, f"block size {row['block_size']}", row["nats_per_token"], row["nats_ci"])
+        for row in result.get("compared") or []
+        if row["nats_per_token"] is not None
+    ]
+
+
+def _subtracted(first: Source, other: Source) -> list[tuple[str, ...]]:
+    """other - first wherever both were scored on the same text, as far as the files say."""
+    base = {(row["block_size"], row["offset"]): row for row in _rows(first)}
+    lines = []
+    for row in _rows(other):
+        against = base.get((row["block_size"], row["offset"]))
+        if against is not None and _same_text(first, other, against, row):
+            mean, interval = row["nats_per_token"] - against["nats_per_token"], None
+            if row["se"] is not None and against["se"] is not None:
+                half = 1.96 * (row["se"] + against["se"])
+                interval = (mean - half, mean + half)
+            lines.append(_line(f"{other.label} − {first.label}", _place(row), mean, interval))
+    return lines
+
+
+def _line(name: str, place: str, mean: float, interval: Sequence[float] | None) -> tuple[str, ...]:
+    if interval is None:
+        return name, place, f"{mean:+.4f}", "", ""
+    low, high = interval
+    return name, place, f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}", "yes" if low > 0 or high < 0 else "no"
+
+
 def _same_text(first: Source, other: Source, a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """As far as the files say: the same counts, and the same data files where both name them."""
+    """The same counts, and the same data files where both name them."""
     files = [source.results["bound"].get("data") for source in (first, other)]
     return (a["tokens"], a["documents"]) == (b["tokens"], b["documents"]) and (None in files or files[0] == files[1])
-
-
-def _pairs(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[float, float, int]]:
-    """Nats under a, nats under b, and tokens of each document, where both rows hold them (`by_document`)."""
-    ours, theirs = a.get("by_document", []), b.get("by_document", [])
-    same = [tokens for _, tokens in ours] == [tokens for _, tokens in theirs]
-    found = [(x, y, tokens) for (x, tokens), (y, _) in zip(ours, theirs, strict=True)] if same else []
-    return found if len(found) > 1 else []
-
-
-def _paired_error(a: dict[str, Any], b: dict[str, Any]) -> float | None:
-    """Standard error of b - a: of the ratio of sums over documents, or at most the sum of both errors."""
-    if a["se"] is None or b["se"] is None:
-        return None
-    pairs = _pairs(a, b)
-    if not pairs:
-        return float(a["se"] + b["se"])
-    mean = b["nats_per_token"] - a["nats_per_token"]
-    squares = sum((y - x - mean * tokens) ** 2 for x, y, tokens in pairs)
-    return sqrt(squares * len(pairs) / (len(pairs) - 1)) / sum(tokens for *_, tokens in pairs)

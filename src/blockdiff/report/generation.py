@@ -61,16 +61,16 @@ def _data(sources: list[Source]) -> list[tuple[str, dict[str, Any]]]:
 def _frontier(sources: list[Source]) -> Exhibit:
     rows, data = _all(sources), _data(sources)
     ways = {way: at for at, way in enumerate(dict.fromkeys(row["way"] for row in rows))}
-    budgets = sorted({row["budget"] for row in rows if row["budget"] is not None}) or [None]
+    budgets = sorted({row["budget"] for row in rows})
 
     def draw(figure: Figure) -> None:
         for axes, budget in zip(panels(figure, len(budgets), columns=2, share_y=True), budgets, strict=True):
             for way, at in ways.items():
-                mine = [r for r in rows if r["way"] == way and r["budget"] in (budget, None)]
+                mine = [r for r in rows if r["way"] == way and r["budget"] == budget]
                 _points(axes, sorted(mine, key=lambda row: row["temperature"]), way, at)
             for label, point in data:
                 _star(axes, point["entropy"], point, label)
-            axes.set_title("" if budget is None else f"{budget} forwards a text")
+            axes.set_title(f"{budget} forwards that denoise")
             axes.set_xlabel("entropy of the tokens, nats")
         figure.axes[0].set_ylabel("judge's nats per token")
         legend(figure)
@@ -144,7 +144,6 @@ def _table(rows: Rows) -> DataTable:
     shown = {name: form for name, form in _COLUMNS.items() if any(row.get(name) is not None for row in rows)}
     header = ("", "budget", *(name.replace("_", " ") for name in shown))
     lines = [
-        (row["way"], number(row["budget"], "g"), *(number(row.get(name), form) for name, form in shown.items()))
-        for row in rows
+        (row["way"], str(row["budget"]), *(number(row.get(name), form) for name, form in shown.items())) for row in rows
     ]
     return DataTable(header, tuple(lines))

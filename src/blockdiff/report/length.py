@@ -178,9 +178,9 @@ def _verdicts(sources: list[Source]) -> Exhibit | None:
     rows = _all(sources, "verdicts")
     if not rows:
         return None
-    criteria = {source.results["length"].get("criterion", {}).get("says", "") for source in sources} - {""}
-    what = "; ".join(sorted(criteria)) or "Whether the declared criterion is held"
-    lines = [(r["way"], r["cache"], "held" if r["held"] else "not held", _signed(r), r.get("says", "")) for r in rows]
+    what = "Whether the criterion that was declared before the run is held"
+    words = {True: "held", False: "not held", None: "not decided"}
+    lines = [(r["way"], r["cache"], words[r["held"]], _signed(r), r.get("says", "")) for r in rows]
     caption = Caption(what, f"{len(rows)} ways", errors="± one standard error", **origin(sources, "length"))
     header = ("", "cache", "criterion", "difference, nats/token", "")
     return Exhibit("length-verdicts", caption, "The criterion", table=DataTable(header, tuple(lines), (1, 2, 4)))

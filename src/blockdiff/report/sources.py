@@ -30,11 +30,18 @@ _KEYS = {
     "generation": {"data", "judge"},
     "summary": {"name", "about", "settings", "seeds", "claims", "compare"},
 }
+_KINDS = {
+    "experiment": "summary",
+    "eval bound": "bound",
+    "eval coverage": "coverage",
+    "eval length": "length",
+    "eval generation": "generation",
+}
 
 
 @dataclass(frozen=True)
 class Source:
-    """A run (config.yaml, metrics.jsonl, results/*.json by stem) or an experiment (its summary alone)."""
+    """A run (config.yaml, metrics.jsonl, results/*.json by stem), an experiment (its summary alone) or one result."""
 
     label: str
     path: Path
@@ -56,11 +63,12 @@ def read_sources(paths: Sequence[Path]) -> list[Source]:
 
 def _read(path: Path, label: str) -> Source:
     if path.is_file():
-        return Source(label, path, summary=_summary(path))
+        return _single(path, label)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such run; give its directory, an experiment's, or its summary.json")
     if (path / "summary.json").exists():
-        return Source(label, path, summary=_summary(path / "summary.json"))
+        file = path / "summary.json"
+        return Source(label, path, summary=_checked(_parsed(_text(file), str(file)), "summary", file))
     if not (path / "config.yaml").exists():
         raise FileNotFoundError(
             f"{path}: no config.yaml in it, and no summary.json; give the directory of a run or an experiment"
@@ -75,16 +83,22 @@ def _read(path: Path, label: str) -> Source:
     return Source(label, path, results, metrics, _text(path / "config.yaml"), _text(path / "results" / "mask.txt"))
 
 
+def _single(file: Path, label: str) -> Source:
+    """One file of results, of a run or of several models: what command wrote it says what it is."""
+    result = _parsed(_text(file), str(file))
+    kind = _KINDS.get(str(result.get("command"))) if isinstance(result, dict) else None
+    if kind is None:
+        raise ValueError(
+            f"{file}: neither the summary of an experiment nor a result of {', '.join(list(_KINDS)[1:])}; give one of "
+            "them, or a run's directory"
+        )
+    checked = _checked(result, kind, file)
+    return Source(label, file, summary=checked) if kind == "summary" else Source(label, file, {kind: checked})
+
+
 def _result(file: Path) -> dict[str, Any]:
     kind = "traces" if file.stem.startswith("traces-") else file.stem
     return _checked(_parsed(_text(file), str(file)), kind, file)
-
-
-def _summary(file: Path) -> dict[str, Any]:
-    summary = _parsed(_text(file), str(file))
-    if not isinstance(summary, dict) or summary.get("command") != "experiment":
-        raise ValueError(f"{file}: not the summary of an experiment; give a run's directory or a summary.json")
-    return _checked(summary, "summary", file)
 
 
 def _checked(result: Any, kind: str, file: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from blockdiff.report.octaves import Rows, mark, octaves, percent, span, times
 def bound_table(rows: Rows) -> Table:
     """Bounds for the terminal; columns that would be empty are left out."""
     columns: dict[str, Any] = {
-        "block size": lambda row: str(row["block_size"]),
+        "block": lambda row: str(row["block_size"]),
         "offset": lambda row: str(row["offset"]) if any(r["offset"] for r in rows) else "",
         "nats/token": lambda row: f"{row['nats_per_token']:.4f}",
         "± se": lambda row: "" if row["se"] is None else f"{row['se']:.4f}",
@@ -23,7 +23,31 @@ def bound_table(rows: Rows) -> Table:
         "95 % interval": lambda row: "" if row["ppl_ci"] is None else "{:.3f} – {:.3f}".format(*row["ppl_ci"]),
         "draws": lambda row: str(row["draws"] or "exact"),
         "exact NLL": lambda row: "" if row["nll_nats"] is None else f"{row['nll_nats']:.4f}",
+        "tighter": lambda row: "" if row["tightened_nats"] is None else f"{row['tightened_nats']:.4f}",
+        "bits/byte": lambda row: "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}",
     }
+    return _right_aligned(rows, columns)
+
+
+def comparison_table(rows: Rows) -> Table:
+    """Paired differences of two models for the terminal."""
+
+    def ci(row: dict[str, Any], name: str) -> str:
+        return "" if row[name] is None else "{:+.4f} – {:+.4f}".format(*row[name])
+
+    columns: dict[str, Any] = {
+        "block size": lambda row: str(row["block_size"]),
+        "other's": lambda row: str(row["other_block_size"]),
+        "bits/byte": lambda row: f"{row['bits_per_byte']:+.4f}",
+        "95 % interval": lambda row: ci(row, "bits_ci"),
+        "nats/token": lambda row: "" if row["nats_per_token"] is None else f"{row['nats_per_token']:+.4f}",
+        "95 % interval ": lambda row: ci(row, "nats_ci"),
+        "better in": lambda row: "" if row["below"] is None else f"{row['below']:.1%}",
+    }
+    return _right_aligned(rows, columns)
+
+
+def _right_aligned(rows: Rows, columns: dict[str, Any]) -> Table:
     cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
     shown = {name: column for name, column in cells.items() if any(column)}
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))

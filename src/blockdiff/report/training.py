@@ -23,6 +23,10 @@ def _line(source: Source) -> tuple[str, ...]:
     if source.summary is not None:
         seeds = ", ".join(map(str, source.summary["seeds"]))
         return source.label, "experiment", str(source.path), seeds, "", "", _machine(source.summary)
+    if source.path.is_file():
+        (result,) = source.results.values()
+        seed = str(result.get("seed", ""))
+        return source.label, str(result["command"]), str(source.path), seed, "", "", _machine(result)
     train = source.results.get("train", {})
     tokens = f"{train['tokens']:,}" if train.get("tokens") else ""
     numbers = str(train.get("seed", "")), str(train.get("steps", "")), tokens

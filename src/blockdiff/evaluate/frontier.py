@@ -1,0 +1,263 @@
+"""Texts of one length under a judge, at forward budgets and temperatures: NLL together with entropy.
+
+A judge alone is pleased by texts that say little: the NLL of texts under it is the divergence from it plus their own
+entropy. So every temperature is a point of (entropy, NLL), beside the data's own, and ways compare at the entropy that
+is nearest to the data's. Entropies depend on how many tokens they are taken over: the data's is taken over groups of as
+many texts. Sampling is in float64 and no text is left out: those that are blank, and cannot be judged, are counted.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from blockdiff.data import Document
+from blockdiff.decode import Policy, Sampling, named
+from blockdiff.decode.counts import Fixed
+from blockdiff.engine import Output, Request, generate
+from blockdiff.evaluate.diversity import distinct, repeated, self_bleu
+from blockdiff.evaluate.judge import Judged, judge_texts
+from blockdiff.evaluate.length import stretches
+from blockdiff.evaluate.plan import FrontierPlan
+from blockdiff.layout import TokenMap
+from blockdiff.masks import Visibility
+from blockdiff.model import BlockDiffusionModel
+from blockdiff.statistics import spread
+
+MOST_SELF_BLEU = 64  # texts that are compared with one another
+
+
+@dataclass(frozen=True)
+class FrontierRow:
+    """Texts of one way at one budget and temperature.
+
+    budget: forwards that denoise a text; forwards_per_text: all that were counted, commits and verifications too.
+    judge_nll in nats per token of the judge, entropy of its tokens in nats: means over groups, with the standard
+    deviation over groups (sd), and the NLL's standard error over texts (se). distinct_n, self_bleu, repeated_4grams: in
+    words (`diversity`). mauve: None where it is not installed. nearest_to_data: the temperature of this way and budget
+    whose entropy is nearest to the data's.
+    """
+
+    way: str
+    model: str
+    block_size: int
+    policy: str
+    temperature: float
+    budget: int
+    forwards_per_text: float
+    tokens_per_forward: float
+    judge_nll: float
+    judge_nll_sd: float
+    judge_nll_se: float
+    entropy: float
+    entropy_sd: float
+    distinct_1: float | None
+    distinct_2: float | None
+    distinct_3: float | None
+    self_bleu: float | None
+    repeated_4grams: float | None
+    mauve: float | None
+    texts: int
+    blank: int
+    groups: int
+    nearest_to_data: bool = False
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The data's own continuations: prompts and texts by group, and their point."""
+
+    prompts: list[str]
+    texts: list[str]
+    judge_nll: float
+    judge_nll_se: float
+    entropy: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The point alone."""
+        point = asdict(self)
+        del point["prompts"]
+        return point | {"texts": len(self.texts)}
+
+
+def data_point(
+    plan: FrontierPlan, tokenizer: Any, documents: Sequence[Document], judge: BlockDiffusionModel
+) -> Reference:
+    """What the texts should be like: the data's continuations of as many prompts, in groups of as many texts, cut into
+    prompt and text by this tokenizer."""
+    pieces = _pieces(plan, documents)
+    prompts = [tokenizer.decode(piece.ids[: plan.prompt_tokens], skip_special_tokens=True) for piece in pieces]
+    texts = [tokenizer.decode(piece.ids[plan.prompt_tokens : _length(plan)]) for piece in pieces]
+    groups = _judged(plan, judge, prompts, texts)
+    whole = judge_texts(judge, prompts, texts)
+    if whole is None:
+        raise ValueError("the data's own continuations are blank: give other texts")
+    return Reference(prompts, texts, fmean(g.nll for g in groups), whole.se, fmean(g.entropy for g in groups))
+
+
+def measure_frontier(
+    plan: FrontierPlan,
+    label: str,
+    model: BlockDiffusionModel,
+    documents: Sequence[Document],
+    judge: BlockDiffusionModel,
+    reference: Reference,
+    on_progress: Callable[[float], None] = lambda done: None,
+) -> tuple[list[FrontierRow], list[str]]:
+    """Rows of one way at every budget that its blocks allow, and a sentence for each that they do not.
+
+    The policy fills new_tokens / budget positions a step, in place of its own count.
+    """
+    way = plan.ways[label]
+    size = way.size_over(plan.new_tokens)
+    if size > 1 and not model.spec.is_diffusion:
+        raise ValueError(f"ways.{label}: {way.model} is autoregressive; give block_size 1")
+    pieces, rows, skipped = _pieces(plan, documents), [], []
+    done, total = 0, len(plan.budgets) * len(plan.temperatures)
+    for budget in plan.budgets:
+        per_step = -(-plan.new_tokens // budget)
+        if per_step > size or budget > plan.new_tokens:
+            needed = f"{per_step} tokens a step" if per_step > size else f"more than {plan.new_tokens} steps"
+            skipped.append(f"{label}: {budget} forwards would need {needed}, which blocks of {size} do not have")
+            continue
+        policy = replace(named(way.policy), counts=(Fixed(per_step),))
+        found = []
+        for temperature in plan.temperatures:
+            outputs = _write(plan, model, pieces, size, policy, temperature)
+            found.append(_row(plan, label, model, outputs, judge, reference, (size, policy, temperature, budget)))
+            done += 1
+            on_progress(done / total)
+        nearest = min(found, key=lambda row: abs(row.entropy - reference.entropy))
+        rows += [replace(row, nearest_to_data=row is nearest) for row in found]
+    return rows, skipped
+
+
+def _length(plan: FrontierPlan) -> int:
+    return plan.prompt_tokens + plan.new_tokens
+
+
+def _pieces(plan: FrontierPlan, documents: Sequence[Document]) -> list[Document]:
+    found = stretches(documents, _length(plan), plan.groups * plan.texts)
+    return [found[number % len(found)] for number in range(plan.groups * plan.texts)]
+
+
+def _write(
+    plan: FrontierPlan,
+    model: BlockDiffusionModel,
+    pieces: Sequence[Document],
+    size: int,
+    policy: Policy,
+    temperature: float,
+) -> list[Output]:
+    requests = [
+        Request(
+            prompt=tuple(piece.ids[: plan.prompt_tokens].tolist()),
+            max_new_tokens=plan.new_tokens,
+            block_size=size,
+            policy=policy,
+            sampling=Sampling(temperature),
+            seed=plan.seed + number,
+            forbidden=(*model.control_ids, *model.end_ids),
+        )
+        for number, piece in enumerate(pieces)
+    ]
+    outputs: list[Output] = []
+    for first in range(0, len(requests), plan.batch):
+        outputs += generate(model, requests[first : first + plan.batch])
+    return outputs
+
+
+def _judged(
+    plan: FrontierPlan, judge: BlockDiffusionModel, prompts: Sequence[str], texts: Sequence[str]
+) -> list[Judged]:
+    """Each group under the judge; groups that are blank altogether are left out."""
+    found = []
+    for first in range(0, len(texts), plan.texts):
+        group = slice(first, first + plan.texts)
+        judged = judge_texts(judge, prompts[group], texts[group])
+        if judged is not None:
+            found.append(judged)
+    return found
+
+
+def _row(
+    plan: FrontierPlan,
+    label: str,
+    model: BlockDiffusionModel,
+    outputs: Sequence[Output],
+    judge: BlockDiffusionModel,
+    reference: Reference,
+    how: tuple[int, Policy, float, int],
+) -> FrontierRow:
+    size, policy, temperature, budget = how
+    texts = [output.text for output in outputs]
+    groups, whole = _judged(plan, judge, reference.prompts, texts), judge_texts(judge, reference.prompts, texts)
+    if whole is None:
+        raise ValueError(f"ways.{label}: every text at temperature {temperature} is blank")
+    forwards = sum(output.forwards for output in outputs)
+    return FrontierRow(
+        way=label,
+        model=plan.ways[label].model,
+        block_size=size,
+        policy=str(policy),
+        temperature=temperature,
+        budget=budget,
+        forwards_per_text=forwards / len(outputs),
+        tokens_per_forward=sum(len(output.tokens) for output in outputs) / forwards,
+        judge_nll=fmean(group.nll for group in groups),
+        judge_nll_sd=spread([group.nll for group in groups]) or 0.0,
+        judge_nll_se=whole.se,
+        entropy=fmean(group.entropy for group in groups),
+        entropy_sd=spread([group.entropy for group in groups]) or 0.0,
+        distinct_1=distinct(texts, 1),
+        distinct_2=distinct(texts, 2),
+        distinct_3=distinct(texts, 3),
+        self_bleu=self_bleu(texts[:MOST_SELF_BLEU]),
+        repeated_4grams=repeated(texts),
+        mauve=mauve_of(judge, texts, reference.texts, plan.seed),
+        texts=len(texts),
+        blank=sum(not text.strip() for text in texts),
+        groups=len(groups),
+    )
+
+
+def mauve_of(judge: BlockDiffusionModel, texts: Sequence[str], reference: Sequence[str], seed: int) -> float | None:
+    """MAUVE (Pillutla et al., arXiv 2102.01454) between texts and the data's, over the judge's last hidden states; None
+    where the package `mauve` is not installed."""
+    if importlib.util.find_spec("mauve") is None:
+        return None
+    import mauve
+
+    found = mauve.compute_mauve(
+        p_features=_features(judge, reference),
+        q_features=_features(judge, texts),
+        seed=seed,
+        verbose=False,
+    )
+    return float(found.mauve)
+
+
+@torch.inference_mode()
+def _features(judge: BlockDiffusionModel, texts: Sequence[str]) -> Any:
+    """The judge's hidden state after the last token of each text: float32 [texts, hidden]."""
+    assert judge.tokenizer is not None
+    rows = []
+    for text in texts:
+        ids = judge.tokenizer(text or " ")["input_ids"][-judge.context_length :]
+        given = torch.tensor([ids], device=judge.device)
+        every = torch.ones_like(given, dtype=torch.bool)
+        tokens = TokenMap.build(torch.zeros_like(given), every, every)  # a prompt, which is read causally
+        output = judge.backbone(
+            input_ids=given,
+            position_ids=tokens.position,
+            use_cache=False,
+            output_hidden_states=True,
+            visibility=Visibility(tokens, tokens, judge.spec.clean_context, judge.windows),
+        )
+        rows.append(output.hidden_states[-1][0, -1].float().cpu())
+    return torch.stack(rows).numpy()
