@@ -102,7 +102,7 @@ def _texts(sources: list[Source]) -> Exhibit | None:
     rows = _all(sources, "texts")
     if not rows:
         return None
-    lines = {f"{way} ({row_cache})": mine for way, row_cache, mine in _split(rows)}
+    lines = {f"{way}, {cache} cache": mine for way, cache, mine in _split(rows)}
 
     def draw(figure: Figure) -> None:
         shown = [key for key in _TEXTS if any(row.get(key) is not None for row in rows)]
@@ -144,7 +144,7 @@ def _lengths(sources: list[Source]) -> Exhibit | None:
             width = starts[1] - starts[0] if len(starts) > 1 else 1
             shares = [count / max(sum(counts), 1) for count in counts]
             style = {key: value for key, value in series(at).items() if not key.startswith("marker")}
-            axes.stairs(shares, [*starts, starts[-1] + width], label=f"{row['way']} ({row['cache']})", **style)
+            axes.stairs(shares, [*starts, starts[-1] + width], label=f"{row['way']}, {row['cache']} cache", **style)
         axes.set(xlabel="tokens of a text", ylabel="share of texts")
         legend(figure, columns=2)
 
