@@ -35,8 +35,9 @@ LAYERS = [
     },
     {"trainer", "engine", "evaluate", "explain"},
     {"building", "training", "api", "report", "demo", "experiment", "sample", "owntext", "bench", "frontier", "curves"}
-    | {"trace"},
-    {"cli_options", "cli_data", "cli_evaluate", "cli_experiment", "cli_generate", "cli_bench", "cli", "__main__"},
+    | {"harness", "trace"},
+    {"cli_options", "cli_data", "cli_evaluate", "cli_experiment", "cli_generate", "cli_bench", "cli_tasks"}
+    | {"cli", "__main__"},
 ]
 MATH = {"rng", "layout", "distributions", "noise", "masks", "objectives", "reference", "decode", "curriculum"}
 MATH |= {"coverage", "cross_entropy", "passes", "partitions", "masking", "ablations"}
@@ -89,6 +90,7 @@ def test_neighbours_that_must_not_know_each_other():
         "cli_experiment",
         "cli_generate",
         "cli_bench",
+        "cli_tasks",
         "__main__",
     }
     assert not any((commands | {"demo"}) & used for name, used in imports.items() if name not in commands)

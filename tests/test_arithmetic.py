@@ -142,7 +142,7 @@ def test_answers_are_decoded_and_scored(tuned, tmp_path, capsys):
     rows = [{"prompt": "one and one\n", "answer": "2"}, {"prompt": "one and one\n", "answer": "3"}]
     rows += [{"prompt": "one and one\n", "completion": "easy\n#### 2"}]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    base = ["eval", "generation", tuned / "checkpoint", "--data", data, "--max-new-tokens", 40]
+    base = ["eval", "tasks", tuned / "checkpoint", "--data", data, "--max-new-tokens", 40]
     results = []
     for options in (
         ["--block-size", 1],
@@ -173,6 +173,6 @@ def test_questions_without_an_answer_are_named(tuned, tmp_path, capsys):
         ({"prompt": "a", "completion": "just words"}, "q.jsonl:1: answer 'just words' is no number"),
     ):
         data.write_text(json.dumps(row) + "\n")
-        code, _, error = run("eval", "generation", tuned / "checkpoint", "--data", data, capsys=capsys)
+        code, _, error = run("eval", "tasks", tuned / "checkpoint", "--data", data, capsys=capsys)
         assert code == 2
         assert message in error

@@ -37,6 +37,14 @@ SMALL_EXPERIMENT = (
     "--set config.train.steps=2 --set config.train.tokens=null --set config.data.limit=20 --set seeds=[0] "
     "--set evaluate.block_sizes=[1,4] --set evaluate.documents=4 --only scale_mixture"
 )
+SMALL_LENGTH = (
+    "--set data=my-long.jsonl --set length=8 --set times=2 --set documents=2 --set texts.judge=runs/demo/checkpoint "
+    '--set texts.count=2 --set texts.prompt_tokens=4 --set "ways={b4: {model: runs/demo/checkpoint, block_size: 4}}"'
+)
+SMALL_FRONTIER = (
+    "--set data=my-long.jsonl --set judge=runs/demo/checkpoint --set new_tokens=8 --set prompt_tokens=4 --set texts=2 "
+    '--set budgets=[8] --set "ways={b4: {model: runs/demo/checkpoint, block_size: 4}}"'
+)
 ELSEWHERE = (
     "make ",
     "git clone",
@@ -75,6 +83,8 @@ def workspace(folder: Path, trained: Path) -> None:
     """The files that the pages speak of: a model, a run, texts and chats."""
     shutil.copytree(ROOT / "configs", folder / "configs")
     shutil.copytree(ROOT / "experiments", folder / "experiments")
+    shutil.copytree(ROOT / "evaluations", folder / "evaluations")
+    shutil.copytree(ROOT / "examples", folder / "examples")
     shutil.copytree(trained, folder / "runs" / "demo")
     shutil.copytree(trained, folder / "runs" / "adapt" / "before")
     tokenizer = load_tokenizer(trained / "checkpoint")
@@ -86,7 +96,10 @@ def workspace(folder: Path, trained: Path) -> None:
     train.rename(folder / "my-text.jsonl")
     valid.rename(folder / "my-valid.jsonl")
     row = {"prompt": "the cat sat on", "completion": " the mat ."}
+    (folder / "my-long.jsonl").write_text((json.dumps({"text": "the cat sat on the mat . " * 9}) + "\n") * 3)
     (folder / "my-questions.jsonl").write_text('{"prompt": "one and one", "answer": "2"}\n' * 4)
+    program = {"prompt": "def one():\n", "test": "def check(one):\n    assert one() == 1\n", "entry_point": "one"}
+    (folder / "my-programs.jsonl").write_text(json.dumps(program) + "\n")
     (folder / "my-pairs.jsonl").write_text((json.dumps(row) + "\n") * 8)
 
 
@@ -94,6 +107,7 @@ def test_commands_run(trained, tmp_path):
     """In order, page by page, in one folder, as a reader would."""
     workspace(tmp_path, trained)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment["HF_DATASETS_CACHE"] = str(tmp_path / "cache")
     ran = 0
     for page in PAGES:
         for match in re.finditer(r"```bash\n(.*?)```", page.read_text(), re.S):
@@ -116,6 +130,14 @@ def test_commands_run(trained, tmp_path):
                     command += " --requests 3 --new-tokens 4 --rounds 1"
                 if command.startswith("blockdiff data own"):
                     command += " --documents 4 --max-new-tokens 12"
+                if command.startswith("blockdiff data pack"):
+                    command += " --characters 50"
+                if command.startswith("blockdiff eval length"):
+                    command += f" {SMALL_LENGTH}"
+                if command.startswith("blockdiff eval generation evaluations"):
+                    command += f" {SMALL_FRONTIER}"
+                if "oracle_bounds" in command:
+                    command += " --repeats 1 --documents 5 --block-sizes 4"
                 if "noise_variance" in command:
                     command += " --repeats 2 --block-sizes 4"
                 if "lossless_acceptance" in command:

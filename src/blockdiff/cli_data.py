@@ -1,4 +1,4 @@
-"""Commands that make data (`data ...`, `sample`) and score answers (`eval generation`)."""
+"""Commands that make data (`data ...`, `sample`)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,9 @@ from typing import Annotated
 import typer
 
 from blockdiff.cli_options import (
-    BlockSize,
     JsonFile,
-    Lossless,
     ModelPath,
-    PerStep,
-    PolicyName,
     Seed,
-    Threshold,
-    chosen_policy,
     load_model,
     out,
     progress,
@@ -127,59 +121,3 @@ def own(
         )
     out.print(f"{output}: {written.documents} texts, of which the model wrote {written.tokens} tokens")
     write_result(json_file, record("data own", seed, model=path, out=str(output), rows=[asdict(written)]))
-
-
-def eval_generation(
-    path: ModelPath,
-    data: Annotated[list[Path], typer.Option(help="Rows with prompt and answer (or a completion); repeatable.")],
-    block_size: BlockSize = None,
-    policy: PolicyName = "threshold",
-    threshold: Threshold = None,
-    per_step: PerStep = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 256,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many questions.", min=1)] = None,
-    batch: Annotated[int, typer.Option(help="Questions decoded at once.", min=1)] = 32,
-    lossless: Lossless = False,
-    seed: Seed = 0,
-    json_file: JsonFile = None,
-) -> None:
-    """Share of questions whose answer's last `#### number` is right, with a 95 % interval, and the decoding's speed."""
-    from blockdiff.decode import Sampling
-    from blockdiff.engine import Request
-    from blockdiff.evaluate import answer_questions, read_questions
-    from blockdiff.runtime import record
-
-    questions = read_questions(data)[:limit]
-    chosen = chosen_policy(policy, threshold, per_step)
-    model = load_model(path)
-    form = Request(
-        prompt=(0,),
-        max_new_tokens=max_new_tokens,
-        block_size=model.spec.default_block_size if block_size is None else block_size,
-        policy=chosen,
-        sampling=Sampling(temperature),
-        seed=seed,
-        lossless=lossless,
-    )
-    with progress("answering") as on_progress:
-        row, outputs = answer_questions(model, questions, form, batch=batch, on_progress=on_progress)
-    low, high = row.exact_match_ci
-    out.print(
-        f"block size {row.block_size}: {row.correct} of {row.n} right, {row.exact_match:.1%} ({low:.1%} – {high:.1%}); "
-        f"{row.unanswered} without ####, {row.unended} without an end; {row.mean_tokens:.1f} tokens an answer, "
-        f"{row.tokens_per_forward:.2f} tokens per forward with commits"
-        + ("" if row.tokens_per_verify is None else f", {row.tokens_per_verify:.2f} a verification"),
-        highlight=False,
-        soft_wrap=True,
-    )
-    answers = [
-        {"answer": question.answer, "text": output.text, "tokens": len(output.tokens), "forwards": output.forwards}
-        for question, output in zip(questions, outputs, strict=True)
-    ]
-    settings = {"policy": asdict(chosen), "sampling": asdict(form.sampling), "max_new_tokens": max_new_tokens}
-    files = [str(file) for file in data]
-    write_result(
-        json_file,
-        record("eval generation", seed, model=path, data=files, **settings, rows=[row.to_json()], outputs=answers),
-    )

@@ -7,6 +7,7 @@ value where there is no spread.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -136,3 +137,19 @@ def area_under_parallelism(points: Sequence[tuple[float, float]], best: float | 
     for (low, y), (high, z) in pairwise(kept):
         area += 0.5 * (high - low) * (weighed(y) + weighed(z))
     return area
+
+
+def pass_at_k(drawn: int, right: int, k: int) -> float:
+    """Chance that of k texts, taken from the drawn ones without replacement, at least one is right: the unbiased
+    estimate 1 - C(drawn - right, k) / C(drawn, k) (arXiv 2107.03374, equation 1), for k up to `drawn`."""
+    return 1 - math.comb(drawn - right, k) / math.comb(drawn, k)
+
+
+def interval_of_share(values: Sequence[float], resamples: int = 2000) -> tuple[float, float]:
+    """95 % interval of the mean of numbers from 0 to 1: Wilson's where every value is 0 or 1, else the percentile
+    bootstrap over the values (drawn with a fixed seed)."""
+    if all(value in (0.0, 1.0) for value in values):
+        return wilson(int(sum(values)), len(values))
+    generator = random.Random(0)
+    means = sorted(fmean(generator.choices(values, k=len(values))) for _ in range(resamples))
+    return means[round(0.025 * (resamples - 1))], means[round(0.975 * (resamples - 1))]

@@ -1,27 +1,33 @@
 """Measures of a model: bounds with standard errors, and whether its training covers what is asked of it."""
 
+from blockdiff.evaluate.answers import Answer, AnswerRow, Asking, answer_task, check_asking
 from blockdiff.evaluate.bounds import BoundRow, bound, check_bound, document_nll, unigram
 from blockdiff.evaluate.compare import Comparison, compare
 from blockdiff.evaluate.coverage import decode_coverage, evaluation_coverage, output_coverage, trained_calls
 from blockdiff.evaluate.frontier import FrontierRow, data_point, measure_frontier
-from blockdiff.evaluate.generation import GenerationRow, Question, answer_questions, read_questions
 from blockdiff.evaluate.judge import Judged, judge_texts
 from blockdiff.evaluate.length import measure_way
 from blockdiff.evaluate.plan import FrontierPlan, LengthPlan, read_plan
+from blockdiff.evaluate.questions import KINDS, Question, Task, read_questions, read_task
 from blockdiff.evaluate.variance import VarianceRow, gradient_variance
 
 __all__ = [
+    "KINDS",
+    "Answer",
+    "AnswerRow",
+    "Asking",
     "BoundRow",
     "Comparison",
     "FrontierPlan",
     "FrontierRow",
-    "GenerationRow",
     "Judged",
     "LengthPlan",
     "Question",
+    "Task",
     "VarianceRow",
-    "answer_questions",
+    "answer_task",
     "bound",
+    "check_asking",
     "check_bound",
     "compare",
     "data_point",
@@ -35,6 +41,7 @@ __all__ = [
     "output_coverage",
     "read_plan",
     "read_questions",
+    "read_task",
     "trained_calls",
     "unigram",
 ]

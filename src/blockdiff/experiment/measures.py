@@ -19,8 +19,18 @@ from blockdiff.data import Document
 from blockdiff.decode import Sampling, named
 from blockdiff.distributions import AdaptiveMixture
 from blockdiff.engine import Request
-from blockdiff.evaluate import GenerationRow, answer_questions, bound, gradient_variance, judge_texts, read_questions
-from blockdiff.evaluate.generation import Question
+from blockdiff.evaluate import (
+    KINDS,
+    AnswerRow,
+    Asking,
+    Question,
+    Task,
+    answer_task,
+    bound,
+    gradient_variance,
+    judge_texts,
+    read_questions,
+)
 from blockdiff.experiment.plan import Decode, Evaluate, Generation, Run, Variance
 from blockdiff.model import BlockDiffusionModel
 from blockdiff.training import measurable
@@ -131,15 +141,16 @@ def _gradient_noise(model: BlockDiffusionModel, run: Run, settings: Variance, se
 
 def _texts(model: BlockDiffusionModel, settings: Generation, seed: int) -> list[Measured]:
     questions = _questions(settings)
+    task = Task("questions", KINDS["arithmetic"], tuple(questions))
     judge = None if settings.judge is None else load(settings.judge)
     found = []
     for label, decode in settings.decodes.items():
         if decode.block_size > 1 and not model.spec.is_diffusion:
             continue
-        row, outputs = answer_questions(model, questions, _form(decode, settings, seed), batch=256)
+        row, answers = answer_task(model, task, _form(decode, settings, seed), Asking(batch=256))
         numbers = _scores(row, answered=settings.questions is not None)
         if judge is not None:
-            judged = judge_texts(judge, [q.prompt for q in questions], [output.text for output in outputs])
+            judged = judge_texts(judge, [q.prompt for q in questions], [answer.output.text for answer in answers])
             numbers |= {} if judged is None else {"judge_nll": judged.nll, "judged_entropy": judged.entropy}
         found += [
             Measured(name, {"decode": label}, value, counts={"texts": len(questions)})
@@ -160,8 +171,12 @@ def _form(decode: Decode, settings: Generation, seed: int) -> Request:
     )
 
 
-def _scores(row: GenerationRow, *, answered: bool) -> dict[str, float]:
-    speed = {"tokens_per_forward": row.tokens_per_forward, "tokens": row.mean_tokens, "unended": row.unended / row.n}
-    if row.tokens_per_verify is not None:
-        speed["tokens_per_verify"] = row.tokens_per_verify
-    return ({"exact_match": row.exact_match} if answered else {}) | speed
+def _scores(row: AnswerRow, *, answered: bool) -> dict[str, float]:
+    speed = row.speed
+    found = {"exact_match": row.score.pass_at["1"]} if answered else {}
+    found |= {
+        "tokens_per_forward": speed.tokens_per_forward,
+        "tokens": speed.mean_tokens,
+        "unended": speed.unended / row.n,
+    }
+    return found | ({} if speed.tokens_per_verify is None else {"tokens_per_verify": speed.tokens_per_verify})
