@@ -4,7 +4,7 @@ JOBS ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if h
 BIN := .venv/bin
 DEMO ?= runs/demo
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo test browser check format clean
 
 setup: .venv/.installed
 
@@ -21,8 +21,15 @@ demo: .venv/.installed
 	$(BIN)/blockdiff demo --out $(DEMO) $(DEMO_OPTIONS)
 
 # One thread for each test process: two threads on two busy cores can be 50 times slower than one.
-test: check
+test: check browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+# The report is tried in a real browser; where none can be had, those tests are skipped and say so.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { \
+	  test "$$(id -u)" = 0 && export DEBIAN_FRONTEND=noninteractive && \
+	  apt-get update && apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 || \
+	  echo "no chromium, and it could not be installed: the report's browser tests will be skipped"
 
 check: .venv/.installed-dev
 	$(BIN)/ruff format --check .

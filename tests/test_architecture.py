@@ -35,7 +35,7 @@ LAYERS = [
     },
     {"trainer", "engine", "evaluate", "explain"},
     {"building", "training", "api", "report", "demo", "experiment", "sample", "owntext", "bench", "frontier", "curves"}
-    | {"harness"},
+    | {"harness", "trace"},
     {"cli_options", "cli_data", "cli_evaluate", "cli_experiment", "cli_generate", "cli_bench", "cli_tasks"}
     | {"cli", "__main__"},
 ]

@@ -251,6 +251,9 @@ def test_eval_length_measures_bin_by_bin(trained, tmp_path, capsys):
     assert max(row["max_abs_difference"] for row in result["differences"]) < 1e-4
     assert {row["cache"] for row in result["verdicts"]} == {"window"}
     assert {(row["texts"], sum(count for _, count in row["histogram"])) for row in result["lengths"]} == {(2, 2)}
+    assert run("report", target, "--out", tmp_path / "report.html", capsys=capsys)[0] == 0
+    page = (tmp_path / "report.html").read_text()
+    assert all(f'id="figure-length{part}"' in page for part in ("", "-variance", "-texts", "-histogram", "-verdicts"))
     for row in result["texts"]:
         assert row["entropy"] > 0
         assert 0 <= (row["repeated_4grams"] or 0) <= 1
@@ -320,6 +323,8 @@ def test_eval_generation_draws_the_frontier(trained, tmp_path, capsys):
         assert cold["nearest_to_data"] != hot["nearest_to_data"]
     forwards = [rows["b4", budget, 0.5]["forwards_per_text"] for budget in (4, 8, 16)]
     assert all(low < high for low, high in pairwise(forwards))
+    assert run("report", target, "--out", tmp_path / "report.html", capsys=capsys)[0] == 0
+    assert 'id="figure-frontier-speed"' in (tmp_path / "report.html").read_text()
     again = tmp_path / "again.json"
     assert run("eval", "generation", file, "--set", "batch=1", "--json", again, capsys=capsys)[0] == 0
     assert json.loads(again.read_text())["rows"] == result["rows"]

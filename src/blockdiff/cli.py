@@ -74,11 +74,17 @@ def explain(
 
 
 @app.command("report")
-def make_report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
-    """Write RUN/report.html from the files of a run."""
+def make_report(
+    paths: Annotated[
+        list[Path], typer.Argument(help="Directories of runs or experiments, or files of results (JSON).")
+    ],
+    output: Annotated[Path | None, typer.Option("--out", help="Page to write.")] = None,
+) -> None:
+    """Write one page from saved files: RUN/report.html of one run, report.html of several side by side."""
     from blockdiff import report
 
-    out.print(f"report: {report.write(run)}")
+    page = report.write(paths[0], output) if len(paths) == 1 else report.compare(paths, output or Path("report.html"))
+    out.print(f"report: {page}")
 
 
 app.add_typer(cli_evaluate.evaluations, name="eval")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from blockdiff.api import Model
     from blockdiff.decode import Policy
     from blockdiff.engine import Output
+    from blockdiff.engine.request import Step
+
+    OnStep = Callable[[Step], None]
 
 ChosenPolicy = Annotated[
     str | None,
@@ -59,6 +63,9 @@ def generate(
     regex: Annotated[str | None, typer.Option(help="Regular expression that the whole continuation matches.")] = None,
     json_schema: Annotated[str | None, typer.Option(help="JSON schema that it follows, or a file of one.")] = None,
     show_steps: Steps = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="Also write every step as JSON to this file, for `blockdiff report`.")
+    ] = None,
     strict_coverage: Annotated[
         bool, typer.Option("--strict-coverage", help="Refuse what training does not cover, instead of warning.")
     ] = False,
@@ -66,8 +73,9 @@ def generate(
     json_file: JsonFile = None,
 ) -> None:
     """Continue a prompt, several tokens at a time."""
-    from blockdiff.decode import Sampling
+    from blockdiff.decode import Sampling, named
     from blockdiff.runtime import record
+    from blockdiff.trace import Recorder
 
     asked = [value is not None for value in (policy, threshold, per_step, left_bias)]
     chosen = chosen_policy(policy or "threshold", threshold, per_step, left_bias) if any(asked) else None
@@ -78,6 +86,7 @@ def generate(
     single = len(prompt) == 1
     show = StepPrinter(model) if show_steps else None
     stream = _Stream(prompt[0]) if single and not show_steps else None
+    recorder = None if trace is None else Recorder()
     outputs = model.generate(
         prompt,
         max_new_tokens=max_new_tokens,
@@ -91,7 +100,7 @@ def generate(
         regex=regex,
         json_schema=_schema(json_schema),
         on_text=stream,
-        on_step=show,
+        on_step=_together(show, recorder),
     )
     for number, output in enumerate(outputs):
         if stream is not None:
@@ -102,6 +111,16 @@ def generate(
     results = [output.to_json() for output in outputs]
     contents: dict[str, Any] = results[0] if single else {"outputs": results}
     write_result(json_file, record("generate", seed, prompts=prompt, **contents))
+    if recorder is not None:
+        size = model.spec.default_block_size if block_size is None else block_size
+        way = "the fastest drafts" if lossless and chosen is None else str(chosen or named("threshold"))
+        name = ("one token at a time" if size == 1 else f"blocks of {size}") + ", lossless" * lossless
+        settings = {"name": name, "block_size": size, "policy": way, "temperature": temperature}
+        rows = [
+            {**settings, "seed": seed + number, **recorder.trace(model, number, text, output)}
+            for number, (text, output) in enumerate(zip(prompt, outputs, strict=True))
+        ]
+        write_result(trace, record("generate", seed, model=path, rows=rows))
 
 
 def infill(
@@ -163,6 +182,19 @@ def _schema(text: str | None) -> str | None:
     if not file.is_file():
         raise ValueError(f"--json-schema {text}: neither a JSON object nor a file; give one of the two")
     return file.read_text()
+
+
+def _together(*watchers: OnStep | None) -> OnStep | None:
+    """One function that tells every watcher of a step; None where there is no watcher."""
+    told = [watcher for watcher in watchers if watcher is not None]
+    if not told:
+        return None
+
+    def tell(step: Step) -> None:
+        for watcher in told:
+            watcher(step)
+
+    return tell
 
 
 def _summary(output: Output) -> str:
