@@ -80,11 +80,11 @@ def eval_bound(
 def eval_length(
     plan_file: Annotated[Path, typer.Argument(help="YAML file, e.g. evaluations/length.yaml.")],
     changes: Changes = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw NLL over position (.png, .svg, .pdf).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw NLL over position as PNG.")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """NLL, texts and caches out to several times the trained length, and whether the declared criterion held."""
-    from blockdiff import curves, evaluate
+    from blockdiff import curves, evaluate, report
     from blockdiff.api import documents_of
     from blockdiff.runtime import record
 
@@ -108,7 +108,7 @@ def eval_length(
     )
     out.print(curves.length_table(result))
     if plot is not None:
-        curves.length_plot(result, plot)
+        report.draw("length", result, plot)
         out.print(f"figure: {plot}")
     write_result(json_file, result)
 
@@ -117,11 +117,11 @@ def eval_length(
 def eval_generation(
     plan_file: Annotated[Path, typer.Argument(help="YAML file, e.g. evaluations/frontier_stories.yaml.")],
     changes: Changes = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw NLL over entropy (.png, .svg, .pdf).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw NLL over entropy as PNG.")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Texts at forward budgets and temperatures: a judge's NLL beside their entropy, and the data's own point."""
-    from blockdiff import curves, evaluate
+    from blockdiff import curves, evaluate, report
     from blockdiff.api import documents_of
     from blockdiff.runtime import record
 
@@ -152,7 +152,7 @@ def eval_generation(
     )
     out.print(curves.generation_table(result))
     if plot is not None:
-        curves.generation_plot(result, plot)
+        report.draw("generation", result, plot)
         out.print(f"figure: {plot}")
     write_result(json_file, result)
 

@@ -5,7 +5,7 @@
 """
 
 from blockdiff.report.coverage import coverage_figure
-from blockdiff.report.page import compare, write
+from blockdiff.report.page import compare, draw, write
 from blockdiff.report.terminal import bound_table, comparison_table, coverage_map, coverage_summary
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "coverage_figure",
     "coverage_map",
     "coverage_summary",
+    "draw",
     "write",
 ]

@@ -7,7 +7,7 @@ import hashlib
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -39,6 +39,14 @@ def compare(paths: Sequence[Path], out: Path = Path("report.html")) -> Path:
     """One page of several runs and experiments, a colour each; returns its file. Raises as `write` does."""
     sources = read_sources(paths)
     return _write(out, " · ".join(source.label for source in sources), sources, _sections(sources))
+
+
+def draw(kind: Literal["length", "generation"], result: dict[str, Any], file: Path) -> None:
+    """The first picture that the page makes of one result, as PNG."""
+    found = {"length": length, "generation": generation}[kind].section([Source(kind, file, {kind: result})])
+    picture = None if found is None else found.exhibits[0].picture
+    if picture is not None:
+        picture.png(file)
 
 
 def _sections(sources: list[Source]) -> list[Section]:
