@@ -38,7 +38,7 @@ SMALL_EXPERIMENT = (
     "--set evaluate.block_sizes=[1,4] --set evaluate.documents=4 --only scale_mixture"
 )
 SMALL_LENGTH = (
-    "--set data=my-long.jsonl --set length=8 --set times=2 --set documents=2 --set texts.judge=runs/demo/checkpoint "
+    "--set data=my-long.jsonl --set length=8 --set times=3 --set documents=2 --set texts.judge=runs/demo/checkpoint "
     '--set texts.count=2 --set texts.prompt_tokens=4 --set "ways={b4: {model: runs/demo/checkpoint, block_size: 4}}"'
 )
 SMALL_FRONTIER = (

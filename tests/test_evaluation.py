@@ -265,10 +265,19 @@ def json_texts(path):
 
 def test_verdicts_say_held_not_held_and_undecided():
     from blockdiff.evaluate.length import _verdict
-    from blockdiff.evaluate.plan import Criterion
+    from blockdiff.evaluate.plan import LengthPlan
 
-    held = [_verdict(Criterion(), "a", "window", apart, []).held for apart in ((0.0, 0.01), (0.2, 0.01), (0.04, 0.02))]
-    assert held == [True, False, None]
+    plan = LengthPlan(data="x", length=16, times=4, ways={"a": {"model": "m"}})
+    apart = ((0.0, 0.01), (0.2, 0.01), (0.04, 0.02))
+    assert [_verdict(plan, "a", one, []).held for one in apart] == [True, False, None]
+    texts = plan.model_copy(update={"texts": {"judge": "j"}})
+    varied = [tuple((7 * n + at * at) % 50 for at in range(64)) for n in range(6)]
+    dull = [(*text[:48], *[3] * 16) for text in varied]
+    verdicts = [
+        _verdict(texts, "a", (0.0, 0.01), wholes) for wholes in (varied, dull, varied[:1], [t[:63] for t in varied])
+    ]
+    assert [verdict.held for verdict in verdicts] == [True, False, None, None]
+    assert verdicts[1].entropy == 0 < verdicts[0].entropy
 
 
 @pytest.mark.parametrize(
@@ -277,6 +286,8 @@ def test_verdicts_say_held_not_held_and_undecided():
         ({"times": 400}, "two are needed"),
         ({"criterion": {"cache": "other"}}, "criterion.cache"),
         ({"caches": ["full"]}, "criterion.cache window is not measured"),
+        ({"times": 2}, "times"),
+        ({"texts": {"judge": "x", "prompt_tokens": 16}}, "give fewer than length, 16"),
         ({"ways": {"a": {"model": "x", "block_size": 0}}}, "block sizes are 1 or more"),
         ({"ways": {"a": {"model": "x", "policy": "nonsense"}}}, "nonsense"),
         ({"lenght": 3}, "did you mean length?"),

@@ -8,6 +8,8 @@ whole text has no cache; under the window it is decoded in blocks of `length`.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,15 +22,17 @@ from blockdiff.data import Document
 from blockdiff.decode import Sampling, named
 from blockdiff.engine import Output, Request, generate
 from blockdiff.evaluate.bounds import monte_carlo_error, ratio
+from blockdiff.evaluate.compare import interval
 from blockdiff.evaluate.diversity import repeated
 from blockdiff.evaluate.judge import judge_texts
-from blockdiff.evaluate.plan import Cache, Criterion, LengthPlan, Texts, Way
+from blockdiff.evaluate.plan import Cache, LengthPlan, Texts, Way
 from blockdiff.evaluate.scoring import Estimator, score_tokens
 from blockdiff.evaluate.windows import room, windows
 from blockdiff.layout import TokenMap
 from blockdiff.model import BlockDiffusionModel, Past
 from blockdiff.statistics import spread
 
+_WORDS = {True: "holds", False: "does not hold", None: "is not decided"}
 _CHUNK = 64  # clean tokens that are committed at once where nothing else says how many
 
 
@@ -56,8 +60,9 @@ class BinRow:
 
 @dataclass(frozen=True)
 class ChunkRow:
-    """A chunk of `length` tokens of every written text: the judge's NLL given the chunk before it, the entropy of its
-    tokens under all texts, and the share of its four-word runs that it holds twice."""
+    """A chunk of `length` tokens (chunk 0: without the prompt) of the `texts` written ones that reach its end: the
+    judge's NLL given the chunk before it, the entropy of its tokens under all texts, and the share of its four-word
+    runs that it holds twice."""
 
     way: str
     cache: Cache
@@ -98,9 +103,11 @@ class DifferenceRow:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the criterion held: True, False, or None where the interval of the difference does not say.
+    """Whether the criterion held: True, False, or None where an interval does not say.
 
-    difference: last bin minus bin 1, paired by document, with its standard error; entropy: last chunk over first.
+    difference: last bin minus bin 1, paired by document, with its standard error. entropy: of the last chunk's tokens
+    over chunk 1's, in the texts that reach the end, with the 95 % interval of a bootstrap over them (None: fewer than
+    two do).
     """
 
     way: str
@@ -109,6 +116,7 @@ class Verdict:
     difference: float
     se: float | None
     entropy: float | None
+    entropy_ci: tuple[float, float] | None
     says: str
 
 
@@ -165,14 +173,14 @@ def measure_way(
             if size < plan.length:
                 found["differences"] += _differences(plan, label, model, pieces[0], size, cache)
             on_progress((done + 0.5) / len(plan.caches))
-            chunks: list[ChunkRow] = []
+            wholes: list[tuple[int, ...]] = []
             if plan.texts is not None and judge is not None:
                 outputs = _write(plan, plan.texts, way, model, pieces, size)
                 found["lengths"].append(_lengths(plan, label, outputs, cache))
-                chunks = _chunks(plan, label, model, judge, outputs, pieces, cache)
-                found["texts"] += chunks
+                wholes = _wholes(plan.texts, pieces, outputs)
+                found["texts"] += _chunks(plan, plan.texts, label, model, judge, wholes, cache)
         if cache == plan.criterion.cache:
-            found["verdicts"].append(_verdict(plan.criterion, label, cache, apart, chunks))
+            found["verdicts"].append(_verdict(plan, label, apart, wholes))
         on_progress((done + 1) / len(plan.caches))
     return {name: [asdict(row) for row in rows] for name, rows in found.items()}
 
@@ -275,43 +283,34 @@ def _write(
     return outputs
 
 
+def _wholes(texts: Texts, pieces: Sequence[Document], outputs: Sequence[Output]) -> list[tuple[int, ...]]:
+    """The prompts and what was written after them, as tokens."""
+    prompts = [pieces[number % len(pieces)].ids[: texts.prompt_tokens].tolist() for number in range(len(outputs))]
+    return [(*prompt, *output.tokens) for prompt, output in zip(prompts, outputs, strict=True)]
+
+
 def _chunks(
     plan: LengthPlan,
+    texts: Texts,
     label: str,
     model: BlockDiffusionModel,
     judge: BlockDiffusionModel,
-    outputs: Sequence[Output],
-    pieces: Sequence[Document],
+    wholes: Sequence[tuple[int, ...]],
     cache: Cache,
 ) -> list[ChunkRow]:
-    assert plan.texts is not None
     assert model.tokenizer is not None
     rows = []
-    wholes = [
-        (*pieces[number % len(pieces)].ids[: plan.texts.prompt_tokens].tolist(), *output.tokens)
-        for number, output in enumerate(outputs)
-    ]
     for chunk in range(plan.times):
         start, end = chunk * plan.length, (chunk + 1) * plan.length
-        first = max(start, plan.texts.prompt_tokens)
+        first = max(start, texts.prompt_tokens)
         long = [ids for ids in wholes if len(ids) >= end]
         before = [model.tokenizer.decode(ids[max(0, first - plan.length) : first]) for ids in long]
-        texts = [model.tokenizer.decode(ids[first:end]) for ids in long]
-        judged = judge_texts(judge, before, texts)
+        written = [model.tokenizer.decode(ids[first:end]) for ids in long]
+        judged = judge_texts(judge, before, written)
         if judged is not None:
+            again = repeated(written)
             rows.append(
-                ChunkRow(
-                    label,
-                    cache,
-                    chunk,
-                    start,
-                    end,
-                    judged.nll,
-                    judged.se,
-                    judged.entropy,
-                    repeated(texts),
-                    judged.texts,
-                )
+                ChunkRow(label, cache, chunk, start, end, judged.nll, judged.se, judged.entropy, again, judged.texts)
             )
     return rows
 
@@ -334,22 +333,46 @@ def _lengths(plan: LengthPlan, label: str, outputs: Sequence[Output], cache: Cac
 
 
 def _verdict(
-    criterion: Criterion, label: str, cache: Cache, apart: tuple[float, float | None], chunks: Sequence[ChunkRow]
+    plan: LengthPlan, label: str, apart: tuple[float, float | None], wholes: Sequence[tuple[int, ...]]
 ) -> Verdict:
+    criterion = plan.criterion
     difference, se = apart
     half = 1.96 * (se or 0.0)
-    held: bool | None = None
-    if difference + half <= criterion.below:
-        held = True
-    elif difference - half > criterion.below:
-        held = False
-    words = {True: "holds", False: "does not hold", None: "is not decided"}
-    says = f"NLL of the last bin at most {criterion.below} nats above bin 1: {words[held]}"
+    held = _decided(difference + half <= criterion.below, difference - half > criterion.below)
+    says = f"NLL of the last bin at most {criterion.below} nats above bin 1: {_WORDS[held]}"
     says += f" ({difference:+.4f} ± {half:.4f})"
-    entropy = chunks[-1].entropy / chunks[0].entropy if len(chunks) > 1 else None
-    if entropy is not None:
-        kept = entropy >= criterion.entropy
-        held = held if kept else False
-        says += f"; entropy of the last chunk at least {criterion.entropy:.0%} of the first's: "
-        says += f"{'holds' if kept else 'does not hold'} ({entropy:.0%})"
-    return Verdict(label, cache, held, difference, se, entropy, says)
+    entropy, ci = None, None
+    if plan.texts is not None:
+        says += f"; entropy of the last chunk at least {criterion.entropy:.0%} of chunk 1's: "
+        entropy, ci = _entropy_kept(plan, wholes)
+        kept = None if ci is None else _decided(ci[0] >= criterion.entropy, ci[1] < criterion.entropy)
+        says += _WORDS[kept] + (" (fewer than two texts reach it)" if ci is None else f" ({ci[0]:.1%} to {ci[1]:.1%})")
+        held = False if held is False or kept is False else held and kept
+    return Verdict(label, criterion.cache, held, difference, se, entropy, ci, says)
+
+
+def _decided(holds: bool, fails: bool) -> bool | None:
+    return True if holds else False if fails else None
+
+
+def _entropy_kept(
+    plan: LengthPlan, wholes: Sequence[tuple[int, ...]]
+) -> tuple[float | None, tuple[float, float] | None]:
+    """Entropy of the last chunk's tokens over chunk 1's, as many tokens of the same texts; bootstrapped over texts."""
+    length, tokens = plan.length, plan.times * plan.length
+    pairs = [(ids[length : 2 * length], ids[tokens - length : tokens]) for ids in wholes if len(ids) >= tokens]
+    if len(pairs) < 2:
+        return None, None
+
+    def ratio_of(chosen: Sequence[int]) -> float:
+        early, late = (Counter(token for at in chosen for token in pairs[at][side]) for side in (0, 1))
+        return _entropy(late) / max(_entropy(early), 1e-9)
+
+    generator = torch.Generator().manual_seed(plan.seed)
+    draws = [ratio_of(torch.randint(len(pairs), (len(pairs),), generator=generator).tolist()) for _ in range(200)]
+    return ratio_of(range(len(pairs))), interval(torch.tensor(draws, dtype=torch.float64))
+
+
+def _entropy(counts: Counter[int]) -> float:
+    total = counts.total()
+    return -sum(count / total * math.log(count / total) for count in counts.values())

@@ -43,8 +43,9 @@ class Way(_Group):
 
 
 class Criterion(_Group):
-    """What is declared before the run: in this cache mode the last bin's NLL is at most `below` nats above the second's
-    (bin 1; bin 0 has less context), and the entropy of the last chunk of text is at least `entropy` of the first's."""
+    """What is declared before the run: in this cache mode the last bin's NLL is at most `below` nats above bin 1's (bin
+    0 has less context), and, where texts are written, the entropy of their last chunk at least `entropy` of chunk 1's.
+    """
 
     cache: Cache = "window"
     below: float = 0.05
@@ -66,7 +67,7 @@ class LengthPlan(_Group):
 
     data: str | list[str] = Field(description="files of texts of at least times * length + 1 tokens")
     length: int = Field(ge=4, description="tokens that the models were trained on: the width of a bin")
-    times: int = Field(8, ge=2)
+    times: int = Field(8, ge=3)
     ways: dict[str, Way] = Field(min_length=1)
     caches: list[Cache] = Field(["full", "window"], min_length=1)
     draws: int = Field(4, ge=1)
@@ -81,6 +82,8 @@ class LengthPlan(_Group):
             raise ValueError(
                 f"criterion.cache {self.criterion.cache} is not measured; caches: {', '.join(self.caches)}"
             )
+        if self.texts is not None and self.texts.prompt_tokens >= self.length:
+            raise ValueError(f"texts.prompt_tokens {self.texts.prompt_tokens}: give fewer than length, {self.length}")
         return self
 
 
