@@ -283,7 +283,8 @@ def test_verdicts_say_held_not_held_and_undecided():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"times": 400}, "two are needed"),
+        ({"times": 400}, "lower times"),
+        ({"length": 30}, "two are needed"),
         ({"criterion": {"cache": "other"}}, "criterion.cache"),
         ({"caches": ["full"]}, "criterion.cache window is not measured"),
         ({"times": 2}, "times"),
@@ -339,6 +340,29 @@ def test_eval_generation_draws_the_frontier(trained, tmp_path, capsys):
     again = tmp_path / "again.json"
     assert run("eval", "generation", file, "--set", "batch=1", "--json", again, capsys=capsys)[0] == 0
     assert json.loads(again.read_text())["rows"] == result["rows"]
+
+
+def test_a_late_mistake_loses_nothing(trained, tmp_path, capsys):
+    file, target = length_plan(trained, tmp_path), tmp_path / "kept.json"
+    bad = "ways.zz={model: nowhere}"
+    code, _, err = run("eval", "length", file, "--set", bad, "--json", target, capsys=capsys)
+    assert code == 2
+    assert "nowhere" in err
+    assert not target.exists()  # refused before anything was measured
+    code, _, err = run("eval", "length", file, "--plot", tmp_path / "a.svg", capsys=capsys)
+    assert (code, "give a file that ends in .png" in err) == (2, True)
+    unwritable = tmp_path / "long.jsonl" / "plot.png"
+    assert (
+        run("eval", "length", file, "--set", "texts=null", "--plot", unwritable, "--json", target, capsys=capsys)[0]
+        != 0
+    )
+    assert len(json.loads(target.read_text())["rows"]) == 24
+
+
+def test_a_strong_left_bias_is_a_number():
+    (row,) = bound(tiny.model("llama", "same"), random_documents([9, 12]), [4], exact=True, left_bias=400.0)
+    (drawn,) = bound(tiny.model("llama", "same"), random_documents([9, 12]), [4], orders=1, left_bias=400.0)
+    assert row.nats_per_token == pytest.approx(row.nll_nats) == pytest.approx(drawn.nats_per_token)  # one order only
 
 
 def test_diversity_in_closed_form():

@@ -38,9 +38,11 @@ def eval_bound(
     data: Annotated[list[Path], typer.Option(help="Data file: .txt, .jsonl, .parquet; repeatable.")],
     block_sizes: Annotated[str, typer.Option(help="Comma-separated block sizes.")] = "1,2,4,8,16",
     offsets: Annotated[str, typer.Option(help="Comma-separated offsets of the first block's end.")] = "0",
-    draws: Annotated[int, typer.Option(help="Noise draws of each document.", min=1)] = 8,
+    draws: Annotated[int, typer.Option(help="Noise draws of each document.", min=1, max=10_000)] = 8,
     exact: Annotated[bool, typer.Option("--exact", help="Enumerate the masks of small blocks instead.")] = False,
-    orders: Annotated[int, typer.Option(help="Draw so many reveal orders instead: a tighter bound, too.", min=0)] = 0,
+    orders: Annotated[
+        int, typer.Option(help="Draw so many reveal orders instead: a tighter bound, too.", min=0, max=10_000)
+    ] = 0,
     left_bias: Annotated[float, typer.Option(help="Left bias of the reveal order; 0: uniform.", min=0.0)] = 0.0,
     limit: Annotated[int | None, typer.Option(help="Score only the first so many documents.", min=1)] = None,
     against: Annotated[str | None, typer.Option(help="Another model, compared on the same documents.")] = None,
@@ -57,14 +59,14 @@ def eval_bound(
     bad_rows: BadRows = "skip" if skip_bad_rows else "error"
     how: dict[str, Any] = {"draws": draws, "exact": exact, "orders": orders, "left_bias": left_bias, "seed": seed}
     model = load_model(path)
+    other = None if against is None else load_model(against)
     documents = [document for file in data for document in documents_of(model, file, bad_rows)][:limit]
     with progress("scoring") as on_progress:
         rows = evaluate.bound(model, documents, sizes, offsets=shifts, on_progress=on_progress, **how)
     results = [row.to_json() for row in rows]
     out.print(report.bound_table(results))
     compared = []
-    if against is not None:
-        other = load_model(against)
+    if other is not None:
         others = [document for file in data for document in documents_of(other, file, bad_rows)][:limit]
         with progress("comparing") as on_progress:
             found = evaluate.compare(model, other, documents, others, sizes, on_progress=on_progress, **how)
@@ -85,32 +87,36 @@ def eval_length(
 ) -> None:
     """NLL, texts and caches out to several times the trained length, and whether the declared criterion held."""
     from blockdiff import curves, evaluate, report
-    from blockdiff.api import documents_of
+    from blockdiff.api import documents_of, load
     from blockdiff.runtime import record
 
     plan = evaluate.read_plan(evaluate.LengthPlan, plan_file, changes)
+    _png(plot)
     files = [plan.data] if isinstance(plan.data, str) else plan.data
     judge = None if plan.texts is None else load_model(plan.texts.judge)
+    for label, way in plan.ways.items():  # before the first is measured
+        evaluate.check_length(plan, label, load(way.model))
     found: dict[str, list[Any]] = {}
+    result: dict[str, Any] = {}
     for number, (label, way) in enumerate(plan.ways.items(), 1):
         model = load_model(way.model)
         documents = [document for file in files for document in documents_of(model, file)]
         with progress(f"{label} ({number} of {len(plan.ways)})") as on_progress:
             for name, rows in evaluate.measure_way(plan, label, model, documents, judge, on_progress).items():
                 found.setdefault(name, []).extend(rows)
-    result = record(
-        "eval length",
-        plan.seed,
-        trained_length=plan.length,
-        **plan.model_dump(mode="json", include={"data", "times", "criterion", "ways"}),
-        judge=None if plan.texts is None else plan.texts.judge,
-        **found,
-    )
+        result = record(
+            "eval length",
+            plan.seed,
+            trained_length=plan.length,
+            **plan.model_dump(mode="json", include={"data", "times", "criterion", "ways"}),
+            judge=None if plan.texts is None else plan.texts.judge,
+            **found,
+        )
+        write_result(json_file, result)  # what is measured is kept, whatever becomes of the next way
     out.print(curves.length_table(result))
     if plot is not None:
         report.draw("length", result, plot)
         out.print(f"figure: {plot}")
-    write_result(json_file, result)
 
 
 @evaluations.command("generation")
@@ -122,12 +128,16 @@ def eval_generation(
 ) -> None:
     """Texts at forward budgets and temperatures: a judge's NLL beside their entropy, and the data's own point."""
     from blockdiff import curves, evaluate, report
-    from blockdiff.api import documents_of
+    from blockdiff.api import documents_of, load
     from blockdiff.runtime import record
 
     plan = evaluate.read_plan(evaluate.FrontierPlan, plan_file, changes)
+    _png(plot)
     files = [plan.data] if isinstance(plan.data, str) else plan.data
     judge = load_model(plan.judge)
+    for label, way in plan.ways.items():  # before the first is measured
+        evaluate.check_frontier(plan, label, load(way.model))
+    result: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
     point = None
@@ -139,22 +149,25 @@ def eval_generation(
             found, not_possible = evaluate.measure_frontier(plan, label, model, documents, judge, point, on_progress)
         rows += [asdict(row) for row in found]
         skipped += not_possible
-    assert point is not None
-    settings = plan.model_dump(mode="json", exclude={"judge", "seed"})
-    result = record(
-        "eval generation",
-        plan.seed,
-        judge=plan.judge,
-        settings=settings,
-        data=point.to_json(),
-        rows=rows,
-        skipped=skipped,
-    )
+        result = record(
+            "eval generation",
+            plan.seed,
+            judge=plan.judge,
+            settings=plan.model_dump(mode="json", exclude={"judge", "seed"}),
+            data=point.to_json(),
+            rows=rows,
+            skipped=skipped,
+        )
+        write_result(json_file, result)  # what is measured is kept, whatever becomes of the next way
     out.print(curves.generation_table(result))
     if plot is not None:
         report.draw("generation", result, plot)
         out.print(f"figure: {plot}")
-    write_result(json_file, result)
+
+
+def _png(plot: Path | None) -> None:
+    if plot is not None and plot.suffix != ".png":
+        raise ValueError(f"--plot {plot}: give a file that ends in .png")
 
 
 @evaluations.command("coverage")

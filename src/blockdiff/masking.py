@@ -90,13 +90,12 @@ def left_masked(n: int, left_bias: float) -> Tensor:
 
     Bit j of the index is slot j. P(full) = 1 and P(M) = sum over i not in M of P(M + i) a_i / sum of a over M + i.
     """
-    pull = [math.exp(-left_bias * slot) for slot in range(n)]
     chance = [0.0] * (2**n - 1) + [1.0]
     for larger in range(2**n - 1, 0, -1):  # a set before its subsets
         slots = [i for i in range(n) if larger >> i & 1]
-        total = sum(pull[i] for i in slots)
-        for i in slots:
-            chance[larger ^ (1 << i)] += chance[larger] * pull[i] / total
+        pull = [math.exp(-left_bias * (i - slots[0])) for i in slots]  # relative to the first: their sum is never 0
+        for i, own in zip(slots, pull, strict=True):
+            chance[larger ^ (1 << i)] += chance[larger] * own / sum(pull)
     return torch.tensor(chance, dtype=torch.float64)
 
 

@@ -4,9 +4,9 @@ from blockdiff.evaluate.answers import Answer, AnswerRow, Asking, answer_task, c
 from blockdiff.evaluate.bounds import BoundRow, bound, check_bound, document_nll, unigram
 from blockdiff.evaluate.compare import Comparison, compare
 from blockdiff.evaluate.coverage import decode_coverage, evaluation_coverage, output_coverage, trained_calls
-from blockdiff.evaluate.frontier import FrontierRow, data_point, measure_frontier
+from blockdiff.evaluate.frontier import FrontierRow, check_frontier, data_point, measure_frontier
 from blockdiff.evaluate.judge import Judged, judge_texts
-from blockdiff.evaluate.length import measure_way
+from blockdiff.evaluate.length import check_length, measure_way
 from blockdiff.evaluate.plan import FrontierPlan, LengthPlan, read_plan
 from blockdiff.evaluate.questions import KINDS, Question, Task, read_questions, read_task
 from blockdiff.evaluate.variance import VarianceRow, gradient_variance
@@ -29,6 +29,8 @@ __all__ = [
     "bound",
     "check_asking",
     "check_bound",
+    "check_frontier",
+    "check_length",
     "compare",
     "data_point",
     "decode_coverage",

@@ -85,14 +85,26 @@ class Reference:
         return point | {"texts": len(self.texts)}
 
 
+def check_frontier(plan: FrontierPlan, label: str, model: BlockDiffusionModel) -> int:
+    """The block size of a way; ValueError where the model cannot decode so."""
+    way = plan.ways[label]
+    size = way.size_over(plan.new_tokens)
+    if size > 1 and not model.spec.is_diffusion:
+        raise ValueError(f"ways.{label}: {way.model} is autoregressive; give block_size 1")
+    if _length(plan) + size > model.context_length + 1:
+        raise ValueError(
+            f"ways.{label}: {_length(plan)} tokens and a block of {size} do not fit the model's context of "
+            f"{model.context_length}: lower new_tokens"
+        )
+    return size
+
+
 def data_point(
     plan: FrontierPlan, tokenizer: Any, documents: Sequence[Document], judge: BlockDiffusionModel
 ) -> Reference:
     """What the texts should be like: the data's continuations of as many prompts, in groups of as many texts, cut into
     prompt and text by this tokenizer."""
-    pieces = _pieces(plan, documents)
-    prompts = [tokenizer.decode(piece.ids[: plan.prompt_tokens], skip_special_tokens=True) for piece in pieces]
-    texts = [tokenizer.decode(piece.ids[plan.prompt_tokens : _length(plan)]) for piece in pieces]
+    prompts, texts = _continued(plan, tokenizer, _pieces(plan, documents))
     groups = _judged(plan, judge, prompts, texts)
     whole = judge_texts(judge, prompts, texts)
     if whole is None:
@@ -114,10 +126,13 @@ def measure_frontier(
     The policy fills new_tokens / budget positions a step, in place of its own count.
     """
     way = plan.ways[label]
-    size = way.size_over(plan.new_tokens)
-    if size > 1 and not model.spec.is_diffusion:
-        raise ValueError(f"ways.{label}: {way.model} is autoregressive; give block_size 1")
+    size = check_frontier(plan, label, model)
     pieces, rows, skipped = _pieces(plan, documents), [], []
+    if _continued(plan, model.tokenizer, pieces) != (reference.prompts, reference.texts):
+        raise ValueError(
+            f"ways.{label}: its tokenizer cuts the data otherwise than the first way's, and as many tokens are texts of "
+            "another length: measure it in a file of its own"
+        )
     done, total = 0, len(plan.budgets) * len(plan.temperatures)
     for budget in plan.budgets:
         per_step = -(-plan.new_tokens // budget)
@@ -135,6 +150,12 @@ def measure_frontier(
         nearest = min(found, key=lambda row: abs(row.entropy - reference.entropy))
         rows += [replace(row, nearest_to_data=row is nearest) for row in found]
     return rows, skipped
+
+
+def _continued(plan: FrontierPlan, tokenizer: Any, pieces: Sequence[Document]) -> tuple[list[str], list[str]]:
+    """The pieces' prompts and what follows them, as text."""
+    prompts = [tokenizer.decode(piece.ids[: plan.prompt_tokens], skip_special_tokens=True) for piece in pieces]
+    return prompts, [tokenizer.decode(piece.ids[plan.prompt_tokens : _length(plan)]) for piece in pieces]
 
 
 def _length(plan: FrontierPlan) -> int:

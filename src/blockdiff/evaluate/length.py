@@ -163,7 +163,7 @@ def measure_way(
     """
     way, tokens = plan.ways[label], plan.times * plan.length
     pieces = stretches(documents, tokens, plan.documents)
-    _check(way, label, model, tokens + 1)
+    check_length(plan, label, model)
     found: dict[str, list[Any]] = {"rows": [], "texts": [], "lengths": [], "differences": [], "verdicts": []}
     for done, cache in enumerate(plan.caches):
         size = way.size_over(tokens if cache == "full" else plan.length)
@@ -185,7 +185,9 @@ def measure_way(
     return {name: [asdict(row) for row in rows] for name, rows in found.items()}
 
 
-def _check(way: Way, label: str, model: BlockDiffusionModel, tokens: int) -> None:
+def check_length(plan: LengthPlan, label: str, model: BlockDiffusionModel) -> None:
+    """Raise ValueError for a model that cannot address so many positions, or cannot decode the way's blocks."""
+    way, tokens = plan.ways[label], plan.times * plan.length + 1
     if tokens > model.context_length:
         raise ValueError(f"ways.{label}: {tokens} tokens, but the model addresses {model.context_length}: lower times")
     if way.block_size != 1 and not model.spec.is_diffusion:
