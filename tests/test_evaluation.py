@@ -263,6 +263,16 @@ def json_texts(path):
     return [json.loads(line)["text"] for line in path.read_text().splitlines()]
 
 
+def test_stretches_need_texts_that_are_long_enough():
+    documents = random_documents([50, 70, 20])
+    found = stretches(documents, 16, None)
+    assert [len(piece) for piece in found] == [17] * 8
+    assert [piece.scored for piece in found] == [16] * 8
+    assert found[1].ids[0] == found[0].ids[-1]  # every token is scored once
+    with pytest.raises(ValueError, match="its longest document has 70"):
+        stretches(documents, 64, None)
+
+
 def test_verdicts_say_held_not_held_and_undecided():
     from blockdiff.evaluate.length import _verdict
     from blockdiff.evaluate.plan import LengthPlan
@@ -284,7 +294,6 @@ def test_verdicts_say_held_not_held_and_undecided():
     ("changes", "message"),
     [
         ({"times": 400}, "lower times"),
-        ({"length": 30}, "two are needed"),
         ({"criterion": {"cache": "other"}}, "criterion.cache"),
         ({"caches": ["full"]}, "criterion.cache window is not measured"),
         ({"times": 2}, "times"),

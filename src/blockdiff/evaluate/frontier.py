@@ -130,8 +130,8 @@ def measure_frontier(
     pieces, rows, skipped = _pieces(plan, documents), [], []
     if _continued(plan, model.tokenizer, pieces) != (reference.prompts, reference.texts):
         raise ValueError(
-            f"ways.{label}: its tokenizer cuts the data otherwise than the first way's, and as many tokens are texts of "
-            "another length: measure it in a file of its own"
+            f"ways.{label}: its tokenizer cuts the data otherwise than the first way's, and as many tokens are "
+            "texts of another length: measure it in a file of its own"
         )
     done, total = 0, len(plan.budgets) * len(plan.temperatures)
     for budget in plan.budgets:
