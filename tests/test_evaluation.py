@@ -297,6 +297,8 @@ def test_verdicts_say_held_not_held_and_undecided():
         ({"criterion": {"cache": "other"}}, "criterion.cache"),
         ({"caches": ["full"]}, "criterion.cache window is not measured"),
         ({"times": 2}, "times"),
+        ({"caches": ["window", "window"]}, "has one twice"),
+        ({"criterion": {"below": float("nan")}}, "criterion.below"),
         ({"texts": {"judge": "x", "prompt_tokens": 16}}, "give fewer than length, 16"),
         ({"ways": {"a": {"model": "x", "block_size": 0}}}, "block sizes are 1 or more"),
         ({"ways": {"a": {"model": "x", "policy": "nonsense"}}}, "nonsense"),
@@ -346,6 +348,8 @@ def test_eval_generation_draws_the_frontier(trained, tmp_path, capsys):
     assert all(low < high for low, high in pairwise(forwards))
     assert run("report", target, "--out", tmp_path / "report.html", capsys=capsys)[0] == 0
     assert 'id="figure-frontier-speed"' in (tmp_path / "report.html").read_text()
+    code, _, err = run("eval", "generation", file, "--set", "budgets=[1]", capsys=capsys)
+    assert (code, "no way's blocks can fill 16 tokens so" in err) == (2, True)
     again = tmp_path / "again.json"
     assert run("eval", "generation", file, "--set", "batch=1", "--json", again, capsys=capsys)[0] == 0
     assert json.loads(again.read_text())["rows"] == result["rows"]

@@ -94,6 +94,8 @@ def eval_length(
     _png(plot)
     files = [plan.data] if isinstance(plan.data, str) else plan.data
     judge = None if plan.texts is None else load_model(plan.texts.judge)
+    if judge is not None:
+        evaluate.tokenizer_of(judge)
     for label, way in plan.ways.items():  # before the first is measured
         evaluate.check_length(plan, label, load(way.model))
     found: dict[str, list[Any]] = {}
@@ -135,6 +137,7 @@ def eval_generation(
     _png(plot)
     files = [plan.data] if isinstance(plan.data, str) else plan.data
     judge = load_model(plan.judge)
+    evaluate.tokenizer_of(judge)
     for label, way in plan.ways.items():  # before the first is measured
         evaluate.check_frontier(plan, label, load(way.model))
     result: dict[str, Any] = {}

@@ -5,7 +5,7 @@ from blockdiff.evaluate.bounds import BoundRow, bound, check_bound, document_nll
 from blockdiff.evaluate.compare import Comparison, compare
 from blockdiff.evaluate.coverage import decode_coverage, evaluation_coverage, output_coverage, trained_calls
 from blockdiff.evaluate.frontier import FrontierRow, check_frontier, data_point, measure_frontier
-from blockdiff.evaluate.judge import Judged, judge_texts
+from blockdiff.evaluate.judge import Judged, judge_texts, tokenizer_of
 from blockdiff.evaluate.length import check_length, measure_way
 from blockdiff.evaluate.plan import FrontierPlan, LengthPlan, read_plan
 from blockdiff.evaluate.questions import KINDS, Question, Task, read_questions, read_task
@@ -44,6 +44,7 @@ __all__ = [
     "read_plan",
     "read_questions",
     "read_task",
+    "tokenizer_of",
     "trained_calls",
     "unigram",
 ]

@@ -21,7 +21,7 @@ from blockdiff.decode import Policy, Sampling, named
 from blockdiff.decode.counts import Fixed
 from blockdiff.engine import Output, Request, generate
 from blockdiff.evaluate.diversity import distinct, repeated, self_bleu
-from blockdiff.evaluate.judge import Judged, judge_texts
+from blockdiff.evaluate.judge import Judged, judge_texts, tokenizer_of
 from blockdiff.evaluate.length import stretches
 from blockdiff.evaluate.plan import FrontierPlan
 from blockdiff.layout import TokenMap
@@ -135,9 +135,10 @@ def measure_frontier(
         )
     done, total = 0, len(plan.budgets) * len(plan.temperatures)
     for budget in plan.budgets:
-        per_step = -(-plan.new_tokens // budget)
-        if per_step > size or budget > plan.new_tokens:
-            needed = f"{per_step} tokens a step" if per_step > size else f"more than {plan.new_tokens} steps"
+        per_step = plan.per_step(label, budget)
+        if not per_step:
+            few = budget <= plan.new_tokens
+            needed = f"{-(-plan.new_tokens // budget)} tokens a step" if few else f"more than {plan.new_tokens} steps"
             skipped.append(f"{label}: {budget} forwards would need {needed}, which blocks of {size} do not have")
             continue
         policy = replace(named(way.policy), counts=(Fixed(per_step),))
@@ -266,10 +267,9 @@ def mauve_of(judge: BlockDiffusionModel, texts: Sequence[str], reference: Sequen
 @torch.inference_mode()
 def _features(judge: BlockDiffusionModel, texts: Sequence[str]) -> Any:
     """The judge's hidden state after the last token of each text: float32 [texts, hidden]."""
-    assert judge.tokenizer is not None
-    rows = []
+    tokenizer, rows = tokenizer_of(judge), []
     for text in texts:
-        ids = judge.tokenizer(text or " ")["input_ids"][-judge.context_length :]
+        ids = tokenizer(text or " ")["input_ids"][-judge.context_length :]
         given = torch.tensor([ids], device=judge.device)
         every = torch.ones_like(given, dtype=torch.bool)
         tokens = TokenMap.build(torch.zeros_like(given), every, every)  # a prompt, which is read causally

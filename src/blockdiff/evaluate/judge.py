@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
 from blockdiff.data import Encoder
 from blockdiff.evaluate.bounds import document_nll
 from blockdiff.model import BlockDiffusionModel
@@ -25,11 +27,17 @@ class Judged:
     texts: int
 
 
+def tokenizer_of(judge: BlockDiffusionModel) -> PreTrainedTokenizerBase:
+    """A judge's tokenizer; ValueError where it has none."""
+    if judge.tokenizer is None:
+        raise ValueError("the judge has no tokenizer: load it from a directory that holds one")
+    return judge.tokenizer
+
+
 def judge_texts(judge: BlockDiffusionModel, prompts: Sequence[str], texts: Sequence[str]) -> Judged | None:
     """Score texts that continue prompts; None where all are blank. A text that ran into its limit has no end that could
     be judged, so no text's end is."""
-    assert judge.tokenizer is not None
-    encoder = Encoder(judge.tokenizer, end_id=None)
+    encoder = Encoder(tokenizer_of(judge), end_id=None)
     documents = [
         encoder.completion(prompt, text, f"text {number}")
         for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from blockdiff.config import ConfigError, apply_change, read_tree, sentence
 from blockdiff.decode import named
@@ -42,13 +42,19 @@ class Way(_Group):
         return tokens if self.block_size == "full" else min(self.block_size, tokens)
 
 
+def _once(values: list[Any]) -> list[Any]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"{values} has one twice")
+    return values
+
+
 class Criterion(_Group):
     """What is declared before the run: in this cache mode the last bin's NLL is at most `below` nats above bin 1's (bin
     0 has less context), and, where texts are written, the entropy of their last chunk at least `entropy` of chunk 1's.
     """
 
     cache: Cache = "window"
-    below: float = 0.05
+    below: float = Field(0.05, allow_inf_nan=False)
     entropy: float = Field(0.9, gt=0, le=1)
 
 
@@ -69,7 +75,7 @@ class LengthPlan(_Group):
     length: int = Field(ge=4, description="tokens that the models were trained on: the width of a bin")
     times: int = Field(8, ge=3)
     ways: dict[str, Way] = Field(min_length=1)
-    caches: list[Cache] = Field(["full", "window"], min_length=1)
+    caches: Annotated[list[Cache], AfterValidator(_once)] = Field(["full", "window"], min_length=1)
     draws: int = Field(4, ge=1)
     documents: int | None = Field(None, ge=2, description="none: all there are")
     texts: Texts | None = None
@@ -95,8 +101,10 @@ class FrontierPlan(_Group):
     )
     judge: str
     ways: dict[str, Way] = Field(min_length=1)
-    budgets: list[int] = Field([16, 32, 64, 128, 256], min_length=1, description="forwards that denoise a text")
-    temperatures: list[float] = Field([0.7, 0.8, 0.9, 1.0, 1.1], min_length=1)
+    budgets: Annotated[list[int], AfterValidator(_once)] = Field(
+        [16, 32, 64, 128, 256], min_length=1, description="forwards that denoise a text"
+    )
+    temperatures: Annotated[list[float], AfterValidator(_once)] = Field([0.7, 0.8, 0.9, 1.0, 1.1], min_length=1)
     new_tokens: int = Field(256, ge=8)
     prompt_tokens: int = Field(16, ge=1)
     groups: int = Field(3, ge=2, description="disjoint groups of texts: their spread is the interval")
@@ -108,7 +116,14 @@ class FrontierPlan(_Group):
     def _possible(self) -> FrontierPlan:
         if min(self.budgets) < 1 or min(self.temperatures) < 0:
             raise ValueError("budgets are 1 forward or more, temperatures 0 or more")
+        if not any(self.per_step(label, budget) for label in self.ways for budget in self.budgets):
+            raise ValueError(f"budgets {self.budgets}: no way's blocks can fill {self.new_tokens} tokens so")
         return self
+
+    def per_step(self, label: str, budget: int) -> int:
+        """Positions that a way fills a step under a budget; 0 where its blocks cannot."""
+        needed = -(-self.new_tokens // budget)
+        return needed if needed <= self.ways[label].size_over(self.new_tokens) and budget <= self.new_tokens else 0
 
 
 Plan = TypeVar("Plan", LengthPlan, FrontierPlan)

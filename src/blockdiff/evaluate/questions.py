@@ -167,3 +167,5 @@ def _filled(template: str, name: str, row: dict[str, Any]) -> str:
         return template.format_map(row)
     except KeyError as error:
         raise DataError(f"{name}: has no key {error}, which --template names") from None
+    except ValueError as error:
+        raise ValueError(f"--template {template!r}: {error}") from None
