@@ -408,5 +408,8 @@ def test_long_texts_are_made_of_short_ones(tmp_path, capsys):
     cut = json_texts(long)
     assert "".join(cut) == whole.read_text()
     assert all(text.endswith("\n") and 500 <= len(text) < 530 for text in cut[:-2])
+    for options in (["--out", whole], ["--out", long, "--valid", long], ["--out", tmp_path / "a.parquet"]):
+        assert run("data", "pack", whole, *options, capsys=capsys)[0] == 2
+    assert "".join(cut) == whole.read_text()
     source.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     assert run("data", "pack", source, "--out", long, capsys=capsys)[0] == 2

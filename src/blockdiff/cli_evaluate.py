@@ -112,6 +112,7 @@ def eval_length(
             trained_length=plan.length,
             **plan.model_dump(mode="json", include={"data", "times", "criterion", "ways"}),
             judge=None if plan.texts is None else plan.texts.judge,
+            settings=plan.model_dump(mode="json", include={"length", "draws", "documents", "caches", "texts"}),
             **found,
         )
         write_result(json_file, result)  # what is measured is kept, whatever becomes of the next way

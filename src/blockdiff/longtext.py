@@ -37,6 +37,12 @@ def pack_files(sources: Sequence[Path], output: Path, characters: int, valid: Pa
     """
     if characters < 1:
         raise ValueError(f"--characters {characters}: give 1 or more")
+    written = [output] if valid is None else [output, valid]
+    for file in written:
+        if not file.name.endswith((".jsonl", ".jsonl.gz")):
+            raise ValueError(f"{file}: give a file that ends in .jsonl or .jsonl.gz")
+        if file.resolve() in [source.resolve() for source in sources] or written.count(file) > 1:
+            raise ValueError(f"{file}: would be written over; give another file")
     rows = [{"text": text} for text in pack_texts(_texts(sources), characters)]
     kept = len(rows)
     if valid is not None:

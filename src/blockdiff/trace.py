@@ -13,6 +13,8 @@ from blockdiff.engine import Output
 from blockdiff.engine.request import Step
 from blockdiff.engine.stream import pieces
 
+_COUNTS = ("forwards", "denoise_forwards", "commit_forwards", "verify_forwards")
+
 
 class Recorder:
     """Keeps the steps of all requests: give it as `on_step`."""
@@ -39,7 +41,7 @@ class Recorder:
                 start = step.start - len(ids)
                 shown = [_text(model, output, texts, start + at, token) for at, token in enumerate(step.tokens)]
                 frames.append({"start": start, "step": step.step, "tokens": shown})
-        counts = {name: getattr(output, name) for name in ("forwards", "denoise_forwards", "commit_forwards")}
+        counts = {name: getattr(output, name) for name in _COUNTS}
         return {"prompt": prompt, "tokens": tokens, "frames": frames, **counts}
 
 

@@ -36,6 +36,7 @@ _KINDS = {
     "eval coverage": "coverage",
     "eval length": "length",
     "eval generation": "generation",
+    "generate": "traces",
 }
 
 
