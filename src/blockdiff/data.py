@@ -100,10 +100,18 @@ class Encoder:
 
     def text(self, text: str, ids: list[int], name: str) -> Document:
         """A plain text, already tokenized: all but its first token is scored."""
-        given = (
-            0 if ids[:1] and ids[0] in self.tokenizer.all_special_ids else len(self.tokenizer.decode(ids[:1]).encode())
-        )
+        given = self._bytes_of(ids[0]) if ids else 0
         return self.document(ids, 1, name, len(text.encode()) - given)
+
+    def _bytes_of(self, token: int) -> int:
+        """UTF-8 bytes that a token stands for; none where it is special."""
+        if token in self.tokenizer.all_special_ids:
+            return 0
+        text = self.tokenizer.decode([token])
+        if "\ufffd" not in text:
+            return len(text.encode())
+        piece = self.tokenizer.convert_ids_to_tokens(token)  # a part of a character: byte-level, a sign for each byte
+        return 1 if piece.startswith("<0x") else len(piece)
 
     def chat(self, messages: list[dict[str, Any]], name: str) -> Document:
         """A conversation through the tokenizer's chat template; the assistant's turns are scored."""
@@ -129,7 +137,8 @@ class Encoder:
                 if ids[i] in self.end_ids:  # what the template puts after the turn's end is not the assistant's
                     break
         prompt[0] = True
-        size = sum(len(whole[begin:end].encode()) for begin, end in turns)
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        size = sum(len(answer.encode()) for answer in answers)  # without what the template puts around them
         return Document(np.array(ids, dtype=np.int32), prompt, name, size)
 
     def _chat_tokens(self, text: str, cuts: list[int]) -> tuple[list[int], list[int]]:

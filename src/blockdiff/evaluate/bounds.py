@@ -37,7 +37,8 @@ class BoundRow:
     """One measured bound, in nats per scored token.
 
     se: standard error, clustered by document (or by window where there is one document), None from a single cluster;
-    se_mc: its Monte Carlo part (0 where there is none, None from a single draw). delta_nats: difference to the first
+    se_mc: its Monte Carlo part (0 where there is none, None from a single draw), from above: exact counts are
+    stratified over the draws, which their sample variance does not know. delta_nats: difference to the first
     row of the same call, paired by document, with its own standard error. estimator: exact_count, exact or orders
     (`scoring`); draws: noise draws or orders of each document (0: nothing was random). left_bias: of the reveal order.
     nll_nats: exact NLL of the sampler with that order (`exact` only). tightened_nats: the bound of the mean likelihood
@@ -154,7 +155,8 @@ def ratio(sums: Tensor, counts: Tensor) -> tuple[float, float | None]:
 
 
 def monte_carlo_error(sums: Tensor, counts: Tensor) -> float | None:
-    """Standard error of the mean per token that comes from the draws [D, clusters] alone; None from a single draw."""
+    """Standard error of the mean per token that comes from the draws [D, clusters] alone, as if they were independent
+    (stratified ones err less); None from a single draw."""
     return float((sums.var(0) / len(sums)).sum().sqrt() / counts.sum()) if len(sums) > 1 else None
 
 

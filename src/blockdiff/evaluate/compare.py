@@ -21,9 +21,10 @@ RESAMPLES = 1000
 class Comparison:
     """This model minus the other on the same documents, each at its block size: below 0, this one is better.
 
-    bits_per_byte with its 95 % interval (percentiles of `resamples` bootstraps over documents; None from one document);
+    bits_per_byte, each model's over the bytes that it scores (a tokenizer without a beginning token gives a text's
+    first token), with the 95 % interval of `resamples` bootstraps over documents (percentiles; None from one document);
     nats_per_token likewise, where both models cut every document into the same number of tokens. below: share of the
-    resamples in which this model is better.
+    resamples in which this model has fewer bits per byte.
     """
 
     block_size: int
@@ -74,34 +75,47 @@ def compare(
         estimator = estimator_of(draws, exact, orders, left_bias, seed)
         nats = document_nats(model, documents, size, estimator).mean(0)
         other_nats = document_nats(other, other_documents, other_size, estimator).mean(0)
-        rows.append(_compared(size, other_size, nats - other_nats, documents, other_documents))
+        rows.append(_compared(size, other_size, (nats, other_nats), documents, other_documents))
         if on_progress is not None:
             on_progress((number + 1) / len(block_sizes))
     return rows
 
 
 def _compared(
-    size: int, other_size: int, nats: Tensor, documents: Sequence[Document], others: Sequence[Document]
+    size: int,
+    other_size: int,
+    nats: tuple[Tensor, Tensor],
+    documents: Sequence[Document],
+    others: Sequence[Document],
 ) -> Comparison:
-    text = torch.tensor([document.text_bytes for document in documents], dtype=torch.float64)
-    tokens = torch.tensor([document.scored for document in documents], dtype=torch.float64)
+    text, other_text = (_numbers([one.text_bytes or 0 for one in both]) for both in (documents, others))
+    tokens = _numbers([one.scored for one in documents])
     alike = all(a.scored == b.scored for a, b in zip(documents, others, strict=True))
-    draws = bootstrap(nats / math.log(2), text)
+    apart = nats[0] - nats[1]
+    draws = [bootstrap(own / math.log(2), counts) for own, counts in zip(nats, (text, other_text), strict=True)]
+    bits = None if draws[0] is None or draws[1] is None else draws[0] - draws[1]  # of the same documents, draw by draw
     return Comparison(
         block_size=size,
         other_block_size=other_size,
-        bits_per_byte=float(nats.sum() / text.sum()) / math.log(2),
-        bits_ci=None if draws is None else interval(draws),
-        nats_per_token=float(nats.sum() / tokens.sum()) if alike else None,
-        nats_ci=None if draws is None or not alike else interval(bootstrap(nats, tokens)),
-        below=None if draws is None else float((draws < 0).double().mean()),
+        bits_per_byte=float(nats[0].sum() / text.sum() - nats[1].sum() / other_text.sum()) / math.log(2),
+        bits_ci=interval(bits),
+        nats_per_token=float(apart.sum() / tokens.sum()) if alike else None,
+        nats_ci=interval(bootstrap(apart, tokens)) if alike else None,
+        below=None if bits is None else float((bits < 0).double().mean()),
         documents=len(documents),
         resamples=RESAMPLES,
     )
 
 
+def _numbers(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
 def bootstrap(sums: Tensor, counts: Tensor, seed: int = 0) -> Tensor | None:
-    """Sum over sum of resampled documents, [RESAMPLES]: sums and counts [documents]. None from a single document."""
+    """Sum over sum of resampled documents, [RESAMPLES]: sums and counts [documents]. None from a single document.
+
+    The same seed draws the same documents.
+    """
     if len(sums) < 2:
         return None
     generator = torch.Generator().manual_seed(seed)

@@ -36,7 +36,8 @@ MOST_SELF_BLEU = 64  # texts that are compared with one another
 class FrontierRow:
     """Texts of one way at one budget and temperature.
 
-    budget: forwards that denoise a text; forwards_per_text: all that were counted, commits and verifications too.
+    budget: forwards that denoise a text, at most; forwards_per_text: all that were counted, commits and verifications
+    too.
     judge_nll in nats per token of the judge, entropy of its tokens in nats: means over groups, with the standard
     deviation over groups (sd), and the NLL's standard error over texts (se). distinct_n, self_bleu, repeated_4grams: in
     words (`diversity`). mauve: None where it is not installed. nearest_to_data: the temperature of this way and budget
@@ -123,7 +124,7 @@ def measure_frontier(
 ) -> tuple[list[FrontierRow], list[str]]:
     """Rows of one way at every budget that its blocks allow, and a sentence for each that they do not.
 
-    The policy fills new_tokens / budget positions a step, in place of its own count.
+    The policy fills as few positions a step as the budget allows, in place of its own count.
     """
     way = plan.ways[label]
     size = check_frontier(plan, label, model)
@@ -137,9 +138,8 @@ def measure_frontier(
     for budget in plan.budgets:
         per_step = plan.per_step(label, budget)
         if not per_step:
-            few = budget <= plan.new_tokens
-            needed = f"{-(-plan.new_tokens // budget)} tokens a step" if few else f"more than {plan.new_tokens} steps"
-            skipped.append(f"{label}: {budget} forwards would need {needed}, which blocks of {size} do not have")
+            blocks = -(-plan.new_tokens // size)
+            skipped.append(f"{label}: {blocks} blocks of {size} cannot take {budget} forwards")
             continue
         policy = replace(named(way.policy), counts=(Fixed(per_step),))
         found = []
@@ -164,8 +164,14 @@ def _length(plan: FrontierPlan) -> int:
 
 
 def _pieces(plan: FrontierPlan, documents: Sequence[Document]) -> list[Document]:
-    found = stretches(documents, _length(plan), plan.groups * plan.texts)
-    return [found[number % len(found)] for number in range(plan.groups * plan.texts)]
+    wanted = plan.groups * plan.texts
+    found = stretches(documents, _length(plan), wanted)
+    if len(found) < wanted:
+        raise ValueError(
+            f"the data has {len(found)} stretches of {_length(plan) + 1} tokens, and {wanted} are needed for "
+            f"{plan.groups} groups of {plan.texts}: give more text, or lower texts, groups or new_tokens"
+        )
+    return found
 
 
 def _write(

@@ -40,8 +40,8 @@ _CHUNK = 64  # clean tokens that are committed at once where nothing else says h
 class BinRow:
     """One bin of one way and cache, in nats per token: standard errors as in `BoundRow`, clustered by document.
 
-    variance: of a single draw's estimate of a document's nats per token in this bin, mean over documents (None from one
-    draw, 0 where nothing is drawn).
+    variance: over draws of a document's estimated nats per token in this bin, mean over documents (None from one draw,
+    0 where nothing is drawn). Compare it between bins and ways of one file: draws are stratified against one another.
     """
 
     way: str

@@ -62,7 +62,7 @@ class Texts(_Group):
     """Texts that every way writes, and who judges them."""
 
     judge: str
-    count: int = Field(16, ge=2)
+    count: int = Field(16, ge=2, description="more than documents: prompts come again, with other seeds")
     prompt_tokens: int = Field(16, ge=1, description="of a document's beginning")
     temperature: float = Field(1.0, ge=0)
     batch: int = Field(16, ge=1)
@@ -121,9 +121,10 @@ class FrontierPlan(_Group):
         return self
 
     def per_step(self, label: str, budget: int) -> int:
-        """Positions that a way fills a step under a budget; 0 where its blocks cannot."""
-        needed = -(-self.new_tokens // budget)
-        return needed if needed <= self.ways[label].size_over(self.new_tokens) and budget <= self.new_tokens else 0
+        """Positions that a way fills a step for its blocks to take no more forwards than the budget; 0: they cannot."""
+        size = self.ways[label].size_over(self.new_tokens)
+        steps = budget // -(-self.new_tokens // size)  # of each block
+        return -(-size // steps) if 0 < steps <= size else 0
 
 
 Plan = TypeVar("Plan", LengthPlan, FrontierPlan)
