@@ -123,7 +123,8 @@ def test_commands_run(trained, tmp_path):
                 if command.startswith("blockdiff experiment"):
                     command += f" {SMALL_EXPERIMENT}"
                 if command.startswith("blockdiff bench decode"):
-                    command += " --prompts 1 --rounds 1 --prompt-tokens 4 --new-tokens 6 --batch 1 --no-memory"
+                    command += " --rounds 1 --prompt-tokens 4 --new-tokens 6 --batch 1"
+                    command += " --prompts 1" if "/checkpoint" in command else " --no-memory"
                 if command.startswith("blockdiff bench train"):
                     command += " --lengths 32 --tokens 64 --rounds 1 --no-memory"
                 if command.startswith("blockdiff bench serve"):

@@ -313,15 +313,16 @@ def test_verdicts_say_held_not_held_and_undecided():
 
     plan = LengthPlan(data="x", length=16, times=4, ways={"a": {"model": "m"}})
     apart = ((0.0, 0.01), (0.2, 0.01), (0.04, 0.02))
-    assert [_verdict(plan, "a", one, []).held for one in apart] == [True, False, None]
+    assert [_verdict(plan, "a", one, 50, []).held for one in apart] == [True, False, None]
     texts = plan.model_copy(update={"texts": {"judge": "j"}})
     varied = [tuple((7 * n + at * at) % 50 for at in range(64)) for n in range(6)]
     dull = [(*text[:48], *[3] * 16) for text in varied]
     verdicts = [
-        _verdict(texts, "a", (0.0, 0.01), wholes) for wholes in (varied, dull, varied[:1], [t[:63] for t in varied])
+        _verdict(texts, "a", (0.0, 0.01), 50, wholes) for wholes in (varied, dull, varied[:1], [t[:63] for t in varied])
     ]
     assert [verdict.held for verdict in verdicts] == [True, False, None, None]
     assert verdicts[1].entropy == 0 < verdicts[0].entropy
+    assert _verdict(plan, "a", (0.0, 0.02), 2, []).held is None  # of two documents nothing is known
 
 
 @pytest.mark.parametrize(

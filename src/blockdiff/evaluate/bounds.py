@@ -9,8 +9,9 @@ where the tokenizer adds one), with the end token that closes a document. Bits p
 UTF-8 bytes of the scored text, so that models of different tokenizers compare.
 
 Standard errors are clustered by document: they cover which documents were drawn and, within them, the Monte Carlo noise
-(`se_mc` is the latter alone). Documents longer than the trained length are scored in windows, each block of up to half
-a window seeing at least half a window of context where there is that much, a longer one what is left of the window.
+(`se_mc` is the latter alone). 95 % intervals are Student's, of one degree of freedom fewer than clusters. Documents
+longer than the trained length are scored in windows, each block of up to half a window seeing at least half a window of
+context where there is that much, a longer one what is left of the window.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from blockdiff.data import Document
 from blockdiff.evaluate.scoring import Estimator, TokenScores, score_tokens
 from blockdiff.evaluate.windows import room, window_length, windows
 from blockdiff.model import BlockDiffusionModel
+from blockdiff.statistics import t_quantile
 
 MAX_EXACT = 10
 
@@ -185,6 +187,7 @@ def _row(
         exact = scores.nats[0]
     tightened = scores.tightened() if estimator.kind == "orders" and scores.drawn else None
     size_in_bytes = scored_bytes(documents)
+    half = None if se is None else t_quantile(0.975, len(counts) - 1) * se
     return BoundRow(
         block_size=size,
         offset=offset,
@@ -192,7 +195,7 @@ def _row(
         se=se,
         se_mc=monte_carlo_error(drawn, counts) if scores.drawn else 0.0,
         ppl=math.exp(mean),
-        ppl_ci=None if se is None else (math.exp(mean - 1.96 * se), math.exp(mean + 1.96 * se)),
+        ppl_ci=None if half is None else (math.exp(mean - half), math.exp(mean + half)),
         delta_nats=delta,
         delta_se=delta_se,
         tokens=int(counts.sum()),

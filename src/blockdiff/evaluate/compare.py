@@ -22,7 +22,8 @@ class Comparison:
     """This model minus the other on the same documents, each at its block size: below 0, this one is better.
 
     bits_per_byte, each model's over the bytes that it scores (a tokenizer without a beginning token gives a text's
-    first token), with the 95 % interval of `resamples` bootstraps over documents (percentiles; None from one document);
+    first token), with the 95 % interval of `resamples` bootstraps over documents (percentiles; None from one document,
+    too narrow from fewer than 20);
     nats_per_token likewise, where both models cut every document into the same number of tokens. below: share of the
     resamples in which this model has fewer bits per byte.
     """

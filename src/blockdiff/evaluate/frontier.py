@@ -156,7 +156,10 @@ def measure_frontier(
 def _continued(plan: FrontierPlan, tokenizer: Any, pieces: Sequence[Document]) -> tuple[list[str], list[str]]:
     """The pieces' prompts and what follows them, as text."""
     prompts = [tokenizer.decode(piece.ids[: plan.prompt_tokens], skip_special_tokens=True) for piece in pieces]
-    return prompts, [tokenizer.decode(piece.ids[plan.prompt_tokens : _length(plan)]) for piece in pieces]
+    texts = [
+        tokenizer.decode(piece.ids[plan.prompt_tokens : _length(plan)], skip_special_tokens=True) for piece in pieces
+    ]
+    return prompts, texts
 
 
 def _length(plan: FrontierPlan) -> int:

@@ -30,7 +30,7 @@ from blockdiff.evaluate.scoring import Estimator, score_tokens
 from blockdiff.evaluate.windows import room, windows
 from blockdiff.layout import TokenMap
 from blockdiff.model import BlockDiffusionModel, Past
-from blockdiff.statistics import spread
+from blockdiff.statistics import spread, t_quantile
 
 _WORDS = {True: "holds", False: "does not hold", None: "is not decided"}
 _CHUNK = 64  # clean tokens that are committed at once where nothing else says how many
@@ -180,7 +180,7 @@ def measure_way(
                 wholes = _wholes(plan.texts, pieces, outputs)
                 found["texts"] += _chunks(plan, plan.texts, label, model, judge, wholes, cache)
         if cache == plan.criterion.cache:
-            found["verdicts"].append(_verdict(plan, label, apart, wholes))
+            found["verdicts"].append(_verdict(plan, label, apart, len(pieces), wholes))
         on_progress((done + 1) / len(plan.caches))
     return {name: [asdict(row) for row in rows] for name, rows in found.items()}
 
@@ -300,14 +300,13 @@ def _chunks(
     wholes: Sequence[tuple[int, ...]],
     cache: Cache,
 ) -> list[ChunkRow]:
-    assert model.tokenizer is not None
     rows = []
     for chunk in range(plan.times):
         start, end = chunk * plan.length, (chunk + 1) * plan.length
         first = max(start, texts.prompt_tokens)
         long = [ids for ids in wholes if len(ids) >= end]
-        before = [model.tokenizer.decode(ids[max(0, first - plan.length) : first]) for ids in long]
-        written = [model.tokenizer.decode(ids[first:end]) for ids in long]
+        before = [_text(model, ids[max(0, first - plan.length) : first]) for ids in long]
+        written = [_text(model, ids[first:end]) for ids in long]
         judged = judge_texts(judge, before, written)
         if judged is not None:
             again = repeated(written)
@@ -315,6 +314,12 @@ def _chunks(
                 ChunkRow(label, cache, chunk, start, end, judged.nll, judged.se, judged.entropy, again, judged.texts)
             )
     return rows
+
+
+def _text(model: BlockDiffusionModel, ids: Sequence[int]) -> str:
+    """Tokens as the text that a judge reads: without those that are none of it."""
+    assert model.tokenizer is not None
+    return str(model.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def _lengths(plan: LengthPlan, label: str, outputs: Sequence[Output], cache: Cache) -> LengthsRow:
@@ -335,11 +340,15 @@ def _lengths(plan: LengthPlan, label: str, outputs: Sequence[Output], cache: Cac
 
 
 def _verdict(
-    plan: LengthPlan, label: str, apart: tuple[float, float | None], wholes: Sequence[tuple[int, ...]]
+    plan: LengthPlan,
+    label: str,
+    apart: tuple[float, float | None],
+    documents: int,
+    wholes: Sequence[tuple[int, ...]],
 ) -> Verdict:
     criterion = plan.criterion
     difference, se = apart
-    half = 1.96 * (se or 0.0)
+    half = t_quantile(0.975, documents - 1) * (se or 0.0)
     held = _decided(difference + half <= criterion.below, difference - half > criterion.below)
     says = f"NLL of the last bin at most {criterion.below} nats above bin 1: {_WORDS[held]}"
     says += f" ({difference:+.4f} ± {half:.4f})"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,20 +51,40 @@ def draw(kind: Literal["length", "generation"], result: dict[str, Any], file: Pa
 
 
 def _sections(sources: list[Source]) -> list[Section]:
-    found = [
-        bounds.section(sources),
-        *ablation.sections(sources),
-        coverage.section(sources),
-        length.section(sources),
-        generation.section(sources),
-        texts.traces(sources),
-        texts.samples(sources),
-        texts.speed(sources),
-        training.section(sources),
+    builders: dict[str, Callable[[list[Source]], Any]] = {
+        "bound": bounds.section,
+        "experiment": ablation.sections,
+        "coverage": coverage.section,
+        "length": length.section,
+        "generation": generation.section,
+        "traces": texts.traces,
+        "samples": texts.samples,
+        "speed": texts.speed,
+        "metrics": training.section,
+    }
+    found: list[Section | None] = []
+    for name, build in builders.items():
+        with _named(f"{name} results", sources):
+            made = build(sources)
+            found += made if isinstance(made, list) else [made]
+    found += [
         _preformatted(sources, "What a training pass sees", "mask"),
         _preformatted(sources, "Configuration", "config"),
     ]
     return [section for section in found if section is not None]
+
+
+@contextmanager
+def _named(what: str, sources: list[Source]) -> Iterator[None]:
+    """One line for a file that is JSON and holds something else than the page reads."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        where = ", ".join(str(source.path) for source in sources)
+        raise ValueError(
+            f"{where}: {what} that are damaged, or another version's ({type(error).__name__}: {error}); write them "
+            "anew with their command's --json"
+        ) from error
 
 
 def _preformatted(sources: list[Source], title: str, part: str) -> Section | None:
@@ -88,7 +109,16 @@ def _write(out: Path, title: str, sources: list[Source], sections: list[Section]
     )
     script = (_STATIC / "script.js").read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = pages.get_template("page.html").render(
+    with _named("results", sources):  # pictures are drawn here
+        page = _rendered(pages, title, sources, sections, script, digest)
+    write_text(out, page)
+    return out
+
+
+def _rendered(
+    pages: Environment, title: str, sources: list[Source], sections: list[Section], script: str, digest: str
+) -> str:
+    return pages.get_template("page.html").render(
         title=title,
         overview=training.overview(sources),
         sections=sections,
@@ -98,8 +128,6 @@ def _write(out: Path, title: str, sources: list[Source], sections: list[Section]
         script=script,
         digest=digest,
     )
-    write_text(out, page)
-    return out
 
 
 def _versions(sources: list[Source]) -> list[str]:

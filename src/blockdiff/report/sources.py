@@ -106,6 +106,9 @@ def _checked(result: Any, kind: str, file: Path) -> dict[str, Any]:
     """The result, where it has what the page will ask of it."""
     if not isinstance(result, dict):
         raise ValueError(f"{file}: not a JSON object; write it anew with its command's --json")
+    rows = result.get("rows", [])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{file}: rows that are no rows; write it anew with its command's --json")
     keys = _KEYS.get(kind, set()) | ({"rows"} if kind in _ROW_KEYS else set())
     missing = sorted(keys - result.keys())
     for at, row in enumerate(result.get("rows", []) if kind in _ROW_KEYS else []):
