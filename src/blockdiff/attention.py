@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from blockdiff import tiled
-from blockdiff.masks import Visibility, narrower
+from blockdiff.masks import Visibility
 
 Implementation = Literal["sdpa", "eager", "flex"]
 
@@ -158,7 +158,6 @@ def _registered(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, No
             out = visibility.attend(layer, query, key, value, Scores(scale, sliding_window, softcap, s_aux))
             return out.transpose(1, 2).contiguous(), None
         visibility.note_layer(getattr(module, "layer_idx", None), sliding_window)
-        sliding_window = narrower(sliding_window, visibility.reach)
         if visibility.held is not None:
             key, value = visibility.held.exchange(key, value)
         if softcap is not None or s_aux is not None or visibility.attention is not None:  # no fused kernel has these

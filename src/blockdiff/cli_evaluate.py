@@ -57,6 +57,8 @@ def eval_bound(
 
     sizes, shifts = whole_numbers(block_sizes, "--block-sizes"), whole_numbers(offsets, "--offsets")
     bad_rows: BadRows = "skip" if skip_bad_rows else "error"
+    if against is not None and shifts != [0]:
+        raise ValueError("--against compares at offset 0: leave --offsets out")
     how: dict[str, Any] = {"draws": draws, "exact": exact, "orders": orders, "left_bias": left_bias, "seed": seed}
     model = load_model(path)
     other = None if against is None else load_model(against)
@@ -71,7 +73,8 @@ def eval_bound(
         with progress("comparing") as on_progress:
             found = evaluate.compare(model, other, documents, others, sizes, on_progress=on_progress, **how)
         compared = [row.to_json() for row in found]
-        out.print(f"against {against}, below 0 is better than it, 95 % intervals over documents:")
+        what = f"{compared[-1]['value']} less the other's {compared[-1]['other_value']}"
+        out.print(f"against {against}, {what}, below 0 is fewer than it has, 95 % intervals over documents:")
         out.print(report.comparison_table(compared))
     files = [str(file) for file in data]
     result = record("eval bound", seed, model=path, data=files, rows=results, against=against, compared=compared)

@@ -139,8 +139,8 @@ class Visibility:
 
     Rendered once for each window and shared by all layers. Nothing here is ever handed to a model's own mask
     handling: the attention function of `blockdiff.attention` picks the rendering it needs, so a boolean mask can
-    never be *added* to scores, and a sliding window is never lost. `reach`: the sliding window of a bounded cache, in
-    every layer that has no narrower one of its own.
+    never be *added* to scores, and a sliding window is never lost. `cache_window`: the mask of a sliding-window
+    cache, in every layer that has no narrower one of its own.
     """
 
     query: TokenMap
@@ -149,7 +149,7 @@ class Visibility:
     windows: dict[int, int | None] = field(default_factory=dict, repr=False, compare=False)
     annealing: Annealing | None = None
     attention: AttentionSums | None = None
-    reach: int | None = None
+    cache_window: int | None = None
     held: KeysAndValues | None = None
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -165,6 +165,7 @@ class Visibility:
 
     def dense(self, window: int | None = None) -> Tensor:
         """Boolean mask [B, 1, Q, K], True = visible: the reading of `scaled_dot_product_attention`."""
+        window = narrower(window, self.cache_window)
         return self._once(("dense", window), lambda: self._rows(slice(None), window)[:, None])
 
     def additive(self, dtype: torch.dtype, window: int | None = None) -> Tensor:
@@ -178,6 +179,7 @@ class Visibility:
         A two-stream pass sees about a quarter of its key pairs; the tiles never touch the rest, and no Q x K mask
         exists as a whole.
         """
+        window = narrower(window, self.cache_window)
         return self._once(("tiles", window), lambda: self._tiles(window))
 
     def block_mask(self, window: int | None = None) -> Any:
@@ -196,6 +198,7 @@ class Visibility:
     def mask_mod(self, window: int | None = None) -> Any:
         """The rule as FlexAttention's index function (batch, head, query, key) -> bool."""
         query, key, context, annealing = self.query, self.key, self.clean_context, self.annealing
+        window = narrower(window, self.cache_window)
 
         def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return visible(query[b, q], key[b, k], context, window, annealing)

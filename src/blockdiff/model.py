@@ -169,7 +169,7 @@ class BlockDiffusionModel(nn.Module):
         self.tokenizer = tokenizer
         self.spec = spec
         self.windows: dict[int, int | None] = {}
-        self.cache_window: int | None = None  # tokens that every layer looks back at most: a bounded cache
+        self.cache_window: int | None = None  # tokens that every layer looks back at most: the mask of a bounded cache
         self.notes: list[str] = []
         self.adapter: AttachedAdapter | None = None
         self.reading = Reading(backbone, head)
@@ -335,7 +335,9 @@ class BlockDiffusionModel(nn.Module):
         annealing: Annealing | None = None,
     ) -> Tensor:
         key = tokens if past is None or past.tokens is None else TokenMap.cat(past.tokens, tokens)
-        visibility = Visibility(tokens, key, self.spec.clean_context, self.windows, annealing, reach=self.cache_window)
+        visibility = Visibility(
+            tokens, key, self.spec.clean_context, self.windows, annealing, cache_window=self.cache_window
+        )
         fused = target is not None and self.reading.plain_head
         whole = past is not None or self._checkpoints
         with self.reading.only(read, ids.shape, narrow=not whole, stop=fused):

@@ -132,7 +132,7 @@ class RaggedPass:
     segments: Sequence[Segment]
     context: CleanContext
     device: torch.device
-    reach: int | None = None
+    cache_window: int | None = None
     slots: Tensor = field(init=False)
     _stacks: list[Stack] = field(init=False)
     _masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict, init=False)
@@ -158,8 +158,8 @@ class RaggedPass:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """query [1, H, T, D], key and value [1, G, T, D] -> [1, H, T, D]; keys and values go to the pages first."""
-        if self.reach is not None:
-            scores = replace(scores, window=narrower(scores.window, self.reach))
+        if self.cache_window is not None:
+            scores = replace(scores, window=narrower(scores.window, self.cache_window))
         keys, values = self.pages.write(layer, self.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
         parts = []
         for number, stack in enumerate(self._stacks):

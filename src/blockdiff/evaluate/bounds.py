@@ -128,6 +128,22 @@ def document_nats(model: BlockDiffusionModel, documents: Sequence[Document], siz
     return scores.by(scores.document, len(documents))[0]
 
 
+def document_values(
+    model: BlockDiffusionModel, documents: Sequence[Document], size: int, estimator: Estimator
+) -> tuple[Tensor, str]:
+    """The sharpest value of each document in nats, float64 [documents], and its name: the exact NLL (`exact`, and where
+    nothing is random), the tightened bound (`orders`), or the bound."""
+    pieces = list(windows(documents, size, 0, window_length(model)))
+    scores = score_tokens(model, pieces, size, estimator, room(model))
+    values, name = scores.nats.mean(0), "bound"
+    if not scores.drawn:
+        exact = scores.exact_nll()
+        values, name = values if exact is None else exact, "exact NLL"
+    elif estimator.kind == "orders":
+        values, name = scores.tightened(), "tightened bound"
+    return torch.zeros(len(documents), dtype=torch.float64).index_add_(0, scores.document, values), name
+
+
 def document_nll(model: BlockDiffusionModel, documents: Sequence[Document]) -> list[float]:
     """Summed negative log-likelihood in nats of each document at block size 1, where the bound is exact."""
     if not documents:

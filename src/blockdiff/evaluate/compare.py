@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from blockdiff.data import Document
-from blockdiff.evaluate.bounds import check_bound, document_nats, estimator_of, scored_bytes
+from blockdiff.evaluate.bounds import check_bound, document_values, estimator_of, scored_bytes
 from blockdiff.model import BlockDiffusionModel
 
 RESAMPLES = 1000
@@ -25,7 +25,8 @@ class Comparison:
     first token), with the 95 % interval of `resamples` bootstraps over documents (percentiles; None from one document,
     too narrow from fewer than 20);
     nats_per_token likewise, where both models cut every document into the same number of tokens. below: share of the
-    resamples in which this model has fewer bits per byte.
+    resamples in which this model has fewer bits per byte. value, other_value: what was compared of each (`bounds`): a
+    bound below the other's exact NLL shows a better model, a bound below a bound does not.
     """
 
     block_size: int
@@ -37,6 +38,8 @@ class Comparison:
     below: float | None
     documents: int
     resamples: int
+    value: str
+    other_value: str
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -74,9 +77,10 @@ def compare(
         other_size = size if other.spec.is_diffusion else 1
         check_bound(other, other_documents, [other_size], draws=draws, exact=exact, orders=orders)
         estimator = estimator_of(draws, exact, orders, left_bias, seed)
-        nats = document_nats(model, documents, size, estimator).mean(0)
-        other_nats = document_nats(other, other_documents, other_size, estimator).mean(0)
-        rows.append(_compared(size, other_size, (nats, other_nats), documents, other_documents))
+        nats, value = document_values(model, documents, size, estimator)
+        other_nats, other_value = document_values(other, other_documents, other_size, estimator)
+        found = _compared(size, other_size, (nats, other_nats), documents, other_documents)
+        rows.append(replace(found, value=value, other_value=other_value))
         if on_progress is not None:
             on_progress((number + 1) / len(block_sizes))
     return rows
@@ -105,6 +109,8 @@ def _compared(
         below=None if bits is None else float((bits < 0).double().mean()),
         documents=len(documents),
         resamples=RESAMPLES,
+        value="bound",
+        other_value="bound",
     )
 
 

@@ -145,7 +145,10 @@ def _differences(sources: list[Source]) -> Exhibit | None:
     wide = [line for other in sources[1:] for line in _subtracted(sources[0], other) if line[0] not in known]
     if not lines and not wide:
         return None
-    what = "Differences between models on the same documents, nats per token: below 0 the one named first is better"
+    what = (
+        "Differences between models on the same documents, nats per token: below 0 the one named first has less, which "
+        "is a better model where the other's value is exact, and not where both are bounds"
+    )
     errors = [_BOOTSTRAP] if lines else []
     errors += [_WIDE] if wide else []
     header = ("", "place", "difference", "95 % interval", "leaves 0 out")

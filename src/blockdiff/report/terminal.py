@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -42,7 +42,7 @@ def comparison_table(rows: Rows) -> Table:
         "95 % interval": lambda row: ci(row, "bits_ci"),
         "nats/token": lambda row: "" if row["nats_per_token"] is None else f"{row['nats_per_token']:+.4f}",
         "95 % interval ": lambda row: ci(row, "nats_ci"),
-        "better in": lambda row: "" if row["below"] is None else f"{row['below']:.1%}",
+        "below 0 in": lambda row: "" if row["below"] is None else f"{row['below']:.1%}",
     }
     return _right_aligned(rows, columns)
 
@@ -55,6 +55,8 @@ def _right_aligned(rows: Rows, columns: dict[str, Any]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for line in zip(*shown.values(), strict=True):
         table.add_row(*line)
+    everything = Console(width=1000)
+    table.width = everything.measure(table, options=everything.options).maximum  # numbers are never cut
     return table
 
 
