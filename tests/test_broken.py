@@ -217,9 +217,13 @@ def test_a_token_across_a_turn_is_split_where_decoding_splits_it(encoder):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl.gz", gzip.compress(b'{"text": "hello a b c"}\n' * 500)[:-20], "a.jsonl.gz: not a whole gzip file"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "hello a b c"}\n' * 500, mtime=0)[:-20],
+            "a.jsonl.gz: not a whole gzip file",
+        ),
         ("a.jsonl.gz", b"plain text", "a.jsonl.gz: not a whole gzip file"),
-        ("a.txt.gz", gzip.compress(b"hello " * 500)[:-9], "a.txt.gz: not a whole gzip file"),
+        ("a.txt.gz", gzip.compress(b"hello " * 500, mtime=0)[:-9], "a.txt.gz: not a whole gzip file"),
         ("a.parquet", b"PAR1 and nothing else", "a.parquet: not a whole parquet file"),
         ("a.jsonl", b'{"text": "half \\ud83d of a pair"}', "a.jsonl:1: holds half of a surrogate pair"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl:1: (nested too deeply|not JSON)"),
