@@ -119,7 +119,7 @@ def test_a_sandbox_that_cannot_start_is_an_error_and_not_a_failed_program(monkey
 
 
 def test_the_verdict_cannot_be_guessed():
-    forge = "import os\nfor fd in range(3, 20):\n    try: os.write(fd, {text!r})\n    except OSError: pass\nos._exit(0)"
+    forge = "import os\nfor fd in range(3, 4096):\n    try: os.write(fd, {text!r})\n    except OSError: pass\nos._exit(0)"
     for text in (b'{"outcome": "passed"}\n', b'{"outcome": "passed", "sentinel": "0"}\n', b"nonsense\n", b"3\n"):
         ran = run_program(forge.format(text=text))
         assert (ran.passed, ran.error) == (False, "wrote to the judge's pipe"), text
