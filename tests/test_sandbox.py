@@ -49,7 +49,7 @@ def test_outcomes(program, outcome, error):
 
 
 def test_an_endless_program_is_stopped_with_all_that_it_started():
-    assert run_program("while True: pass", BRIEF).outcome == "timeout"
+    assert run_program("while True: pass", BRIEF).outcome in ("timeout", "killed")  # by the clock, or the processor's
     stubborn = "while True:\n    try:\n        while True: pass\n    except BaseException: pass"
     assert run_program(stubborn, BRIEF).outcome in ("timeout", "killed")
     # around what Python itself refuses: a fork bomb through the C library
@@ -119,7 +119,9 @@ def test_a_sandbox_that_cannot_start_is_an_error_and_not_a_failed_program(monkey
 
 
 def test_the_verdict_cannot_be_guessed():
-    forge = "import os\nfor fd in range(3, 4096):\n    try: os.write(fd, {text!r})\n    except OSError: pass\nos._exit(0)"
+    forge = (
+        "import os\nfor fd in range(3, 4096):\n    try: os.write(fd, {text!r})\n    except OSError: pass\nos._exit(0)"
+    )
     for text in (b'{"outcome": "passed"}\n', b'{"outcome": "passed", "sentinel": "0"}\n', b"nonsense\n", b"3\n"):
         ran = run_program(forge.format(text=text))
         assert (ran.passed, ran.error) == (False, "wrote to the judge's pipe"), text
