@@ -26,8 +26,9 @@ from blockdiff.engine import Request, generate
 from blockdiff.evaluate import bound, compare
 from blockdiff.evaluate.compare import bootstrap, interval
 from blockdiff.evaluate.diversity import distinct, repeated, self_bleu
-from blockdiff.evaluate.length import cache_of, stretches
+from blockdiff.evaluate.length import _differences, _verdict, cache_of, stretches
 from blockdiff.evaluate.oracle import HiddenMarkov, OracleModel, entropy, sample
+from blockdiff.evaluate.plan import LengthPlan
 from blockdiff.evaluate.scoring import Estimator, score_tokens
 from blockdiff.evaluate.windows import windows
 from blockdiff.loading import load_tokenizer
@@ -293,6 +294,22 @@ def test_eval_length_measures_bin_by_bin(trained, tmp_path, capsys):
         assert 0 <= (row["repeated_4grams"] or 0) <= 1
 
 
+def test_a_cache_of_another_text_is_not_taken_for_exact(monkeypatch):
+    """The twin of the cache's exactness: keys and values written for other tokens."""
+    model = tiny.model("llama", "shift", "seed")
+    plan = LengthPlan(data="x", length=8, times=3, ways={"a": {"model": "m", "block_size": 4}})
+    (piece,) = random_documents([25])
+    exact = [row.max_abs_difference for row in _differences(plan, "a", model, piece, 4, "full")]
+    assert max(exact) < 1e-5
+    right = model.forward
+
+    def wrong(ids, tokens, **given):
+        return right((ids + 1) % 30 if given.get("keep") else ids, tokens, **given)
+
+    monkeypatch.setattr(model, "forward", wrong)
+    assert min(row.max_abs_difference for row in _differences(plan, "a", model, piece, 4, "full")) > 1e-3
+
+
 def json_texts(path):
     return [json.loads(line)["text"] for line in path.read_text().splitlines()]
 
@@ -308,9 +325,6 @@ def test_stretches_need_texts_that_are_long_enough():
 
 
 def test_verdicts_say_held_not_held_and_undecided():
-    from blockdiff.evaluate.length import _verdict
-    from blockdiff.evaluate.plan import LengthPlan
-
     plan = LengthPlan(data="x", length=16, times=4, ways={"a": {"model": "m"}})
     apart = ((0.0, 0.01), (0.2, 0.01), (0.04, 0.02))
     assert [_verdict(plan, "a", one, 50, []).held for one in apart] == [True, False, None]

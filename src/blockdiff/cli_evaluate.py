@@ -83,7 +83,7 @@ def eval_bound(
 
 @evaluations.command("length")
 def eval_length(
-    plan_file: Annotated[Path, typer.Argument(help="YAML file, e.g. evaluations/length.yaml.")],
+    plan_file: Annotated[Path, typer.Argument(help="YAML file, e.g. evaluations/length_stories.yaml.")],
     changes: Changes = None,
     plot: Annotated[Path | None, typer.Option(help="Draw NLL over position as PNG.")] = None,
     json_file: JsonFile = None,

@@ -25,7 +25,7 @@ from datasets import disable_progress_bars
 from blockdiff.api import Model, load
 from blockdiff.data import Document, Encoder
 from blockdiff.decode import Sampling, named
-from blockdiff.engine import Output, Request, generate
+from blockdiff.engine import Output, Request, generate_batches
 from blockdiff.evaluate.bounds import check_bound, document_nats, estimator_of
 from blockdiff.evaluate.scoring import Estimator
 
@@ -174,10 +174,7 @@ class BlockDiffusionLM(LM):
         ]
 
     def _decode(self, forms: Sequence[Request]) -> list[Output]:
-        outputs: list[Output] = []
-        for start in range(0, len(forms), self.batch):
-            outputs += generate(self.model, forms[start : start + self.batch])
-        return outputs
+        return generate_batches(self.model, forms, self.batch)
 
     def _form(self, options: dict[str, Any], number: int) -> Request:
         unknown = [key for key in options if key not in _GENERATION]

@@ -123,8 +123,7 @@ def estimator_of(draws: int, exact: bool, orders: int, left_bias: float, seed: i
 
 def document_nats(model: BlockDiffusionModel, documents: Sequence[Document], size: int, estimator: Estimator) -> Tensor:
     """Estimates of each document's bound in nats: float64 [draws, documents] (one row where nothing is drawn)."""
-    pieces = list(windows(documents, size, 0, window_length(model)))
-    scores = score_tokens(model, pieces, size, estimator, room(model))
+    scores = _scored(model, documents, size, estimator)
     return scores.by(scores.document, len(documents))[0]
 
 
@@ -133,8 +132,7 @@ def document_values(
 ) -> tuple[Tensor, str]:
     """The sharpest value of each document in nats, float64 [documents], and its name: the exact NLL (`exact`, and where
     nothing is random), the tightened bound (`orders`), or the bound."""
-    pieces = list(windows(documents, size, 0, window_length(model)))
-    scores = score_tokens(model, pieces, size, estimator, room(model))
+    scores = _scored(model, documents, size, estimator)
     values, name = scores.nats.mean(0), "bound"
     if not scores.drawn:
         exact = scores.exact_nll()
@@ -142,6 +140,11 @@ def document_values(
     elif estimator.kind == "orders":
         values, name = scores.tightened(), "tightened bound"
     return torch.zeros(len(documents), dtype=torch.float64).index_add_(0, scores.document, values), name
+
+
+def _scored(model: BlockDiffusionModel, documents: Sequence[Document], size: int, estimator: Estimator) -> TokenScores:
+    pieces = list(windows(documents, size, 0, window_length(model)))
+    return score_tokens(model, pieces, size, estimator, room(model))
 
 
 def document_nll(model: BlockDiffusionModel, documents: Sequence[Document]) -> list[float]:

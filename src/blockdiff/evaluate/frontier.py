@@ -19,7 +19,7 @@ import torch
 from blockdiff.data import Document
 from blockdiff.decode import Policy, Sampling, named
 from blockdiff.decode.counts import Fixed
-from blockdiff.engine import Output, Request, generate
+from blockdiff.engine import Output, Request, generate_batches
 from blockdiff.evaluate.diversity import distinct, repeated, self_bleu
 from blockdiff.evaluate.judge import Judged, judge_texts, tokenizer_of
 from blockdiff.evaluate.length import stretches
@@ -197,10 +197,7 @@ def _write(
         )
         for number, piece in enumerate(pieces)
     ]
-    outputs: list[Output] = []
-    for first in range(0, len(requests), plan.batch):
-        outputs += generate(model, requests[first : first + plan.batch])
-    return outputs
+    return generate_batches(model, requests, plan.batch)
 
 
 def _judged(

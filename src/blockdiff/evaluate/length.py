@@ -20,7 +20,7 @@ from torch import Tensor
 
 from blockdiff.data import Document
 from blockdiff.decode import Sampling, named
-from blockdiff.engine import Output, Request, generate
+from blockdiff.engine import Output, Request, generate_batches
 from blockdiff.evaluate.bounds import monte_carlo_error, ratio
 from blockdiff.evaluate.compare import interval
 from blockdiff.evaluate.diversity import repeated
@@ -279,10 +279,7 @@ def _write(
         )
         for number in range(texts.count)
     ]
-    outputs: list[Output] = []
-    for first in range(0, len(requests), texts.batch):
-        outputs += generate(model, requests[first : first + texts.batch])
-    return outputs
+    return generate_batches(model, requests, texts.batch)
 
 
 def _wholes(texts: Texts, pieces: Sequence[Document], outputs: Sequence[Output]) -> list[tuple[int, ...]]:
