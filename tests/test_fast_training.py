@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from blockdiff import attention, cross_entropy, masks, reading, tiled
 from blockdiff.distributions import Fixed, ScaleMixture
 from blockdiff.layout import TokenMap
-from blockdiff.model import BlockDiffusionModel
+from blockdiff.model import BlockDiffusionModel, Past
 from blockdiff.noise import Bernoulli, ExactCount
 from blockdiff.passes import Objective
 from blockdiff.reference import textbook
@@ -99,6 +99,10 @@ def test_two_passes_are_one(alignment, clean_context, monkeypatch):
     check_equal(learned(model, model, replace(objective, apart=True), 5), one)
     note.remove()
     assert len(passes) == 2
+    ids, tokens, _ = tiny.random_batch(5, rows=1)
+    both = TokenMap.cat(tokens.as_noisy(), tokens)
+    with pytest.raises(ValueError, match="give no past"):  # which would be ignored
+        model(torch.cat([ids, ids], 1), both, past=Past(), apart=True)
     right = BlockDiffusionModel._clean_pass
 
     def without_gradient(*args):

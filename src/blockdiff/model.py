@@ -244,6 +244,8 @@ class BlockDiffusionModel(nn.Module):
             if noisy == 0 and frozen:
                 return self._clean_pass(ids, tokens, read, target, past, keep)
             if 0 < noisy < ids.shape[1]:
+                if past is not None:
+                    raise ValueError("two passes begin with their own clean tokens: give no past, or one stream")
                 return self._two_passes(ids, tokens, noisy, read, target, annealing)
         return self._pass(ids, tokens, read, target, past, keep, annealing)
 
