@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blockdiff import evaluate, loading, training
@@ -183,6 +184,27 @@ class Model(BlockDiffusionModel):
         except UnicodeEncodeError as error:
             raise ValueError(f"the prompt is not text: character {error.start} is no Unicode; give UTF-8") from error
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        return ids
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The tokens of a conversation up to where the assistant answers, as training made them.
+
+        messages: dicts of role and content. Raises ValueError where the tokenizer has no chat template, or its template
+        refuses the conversation.
+        """
+        if not self._tokenizer.chat_template:
+            raise ValueError(
+                "the model's tokenizer has no chat template, so it cannot chat: continue plain text instead, or give "
+                "it the template that it was trained with (--chat-template FILE)"
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            str(text).encode()
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses this conversation ({error})") from error
+        except UnicodeEncodeError as error:
+            raise ValueError("a message is not text: it holds characters that are no Unicode; give UTF-8") from error
+        ids: list[int] = self._tokenizer(str(text), add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
 
