@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blockdiff import evaluate, loading, training
@@ -53,6 +53,7 @@ class Model(BlockDiffusionModel):
         stop: Sequence[str] = (),
         lossless: bool = False,
         stepwise: int = 0,
+        max_forwards: int = 0,
         regex: str | None = None,
         json_schema: str | dict[str, Any] | None = None,
         on_text: OnText | None = None,
@@ -63,8 +64,9 @@ class Model(BlockDiffusionModel):
         block_size defaults to the checkpoint's own; policy: a name of `blockdiff policies`, an expression, or a
         `Policy` (default `threshold`). lossless keeps of every block what the AR model writes itself; without a policy
         of its own it drafts in the fastest way that the model allows. stepwise guesses so many one-token steps of the
-        policy in one pass. regex or json_schema: what the whole continuation must match. `on_text(number, piece)`
-        receives final text only. Raises ValueError for what the model cannot do.
+        policy in one pass. max_forwards ends the text there (0: no limit). regex or json_schema: what the whole
+        continuation must match. `on_text(number, piece)` receives final text only. Raises ValueError for what the model
+        cannot do.
         """
         request = Request(
             prompt=(0,),
@@ -78,6 +80,7 @@ class Model(BlockDiffusionModel):
             drafting="auto" if lossless and policy is None else "policy",
             adaptive=lossless,
             stepwise=stepwise,
+            max_forwards=max_forwards,
             forbidden=self.control_ids,
             constraint=self.constraint(regex, json_schema),
         )
@@ -185,6 +188,15 @@ class Model(BlockDiffusionModel):
             raise ValueError(f"the prompt is not text: character {error.start} is no Unicode; give UTF-8") from error
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
         return ids
+
+    def set_chat_template(self, file: Path) -> None:
+        """Chat by the template (Jinja) in this file. Raises ValueError where it cannot be read or is none."""
+        try:
+            text = file.read_text(encoding="utf-8")
+            Environment().parse(text)
+        except (OSError, UnicodeDecodeError, TemplateError) as error:
+            raise ValueError(f"--chat-template {file}: this is no chat template ({error})") from error
+        self._tokenizer.chat_template = text
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The tokens of a conversation up to where the assistant answers, as training made them.

@@ -60,6 +60,7 @@ def generate(
     stepwise: Annotated[
         int, typer.Option(help="Guess so many one-token steps of the policy in one pass; 0: off.", min=0, max=64)
     ] = 0,
+    max_forwards: Annotated[int, typer.Option(help="End the text after so many forwards; 0: no limit.", min=0)] = 0,
     regex: Annotated[str | None, typer.Option(help="Regular expression that the whole continuation matches.")] = None,
     json_schema: Annotated[str | None, typer.Option(help="JSON schema that it follows, or a file of one.")] = None,
     show_steps: Steps = False,
@@ -97,6 +98,7 @@ def generate(
         stop=stop or [],
         lossless=lossless,
         stepwise=stepwise,
+        max_forwards=max_forwards,
         regex=regex,
         json_schema=_schema(json_schema),
         on_text=stream,

@@ -16,17 +16,37 @@ def token_pieces(tokenizer: Any, vocabulary: int) -> tuple[str | None, ...]:
     tokenizer does not know ([MASK], padding rows) are None. Needs `encode`, `decode` and `len` of the tokenizer only.
     Raises ValueError where no token can stand before the others.
     """
-    anchor, lead = _anchor(tokenizer)
-    special = set(getattr(tokenizer, "all_special_ids", ()))
-    pieces: list[str | None] = []
-    for token in range(vocabulary):
-        if token >= len(tokenizer) or token in special:
-            pieces.append(None)
-            continue
-        text = _decoded(tokenizer, [anchor, token])
-        piece = text[len(lead) :] if text.startswith(lead) else ""
-        pieces.append(piece if piece and _BROKEN not in piece else None)
-    return tuple(pieces)
+    reader = PieceReader(tokenizer)
+    return tuple(reader.piece(token) for token in range(vocabulary))
+
+
+class PieceReader:
+    """Reads off what single tokens add to a text. Raises ValueError as `token_pieces` does."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._anchor, self._lead = _anchor(tokenizer)
+        self._special = set(getattr(tokenizer, "all_special_ids", ()))
+        self._texts: dict[int, str] = {}
+
+    def piece(self, token: int) -> str | None:
+        """The text that a token adds; None as in `token_pieces`."""
+        if token >= len(self._tokenizer) or token in self._special:
+            return None
+        text = self._added(token)
+        return text if text and _BROKEN not in text else None
+
+    def text(self, token: int) -> str:
+        """A token as a person may look at it: control tokens by their names, parts of a character as such."""
+        if token not in self._texts:
+            known = token < len(self._tokenizer)
+            named = str(self._tokenizer.convert_ids_to_tokens(token)) if token in self._special else ""
+            self._texts[token] = named or (self._added(token) if known else "")
+        return self._texts[token]
+
+    def _added(self, token: int) -> str:
+        text = _decoded(self._tokenizer, [self._anchor, token])
+        return text[len(self._lead) :] if text.startswith(self._lead) else ""
 
 
 def _anchor(tokenizer: Any) -> tuple[int, str]:

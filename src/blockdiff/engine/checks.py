@@ -38,6 +38,10 @@ def check(model: BlockDiffusionModel, request: Request) -> None:
     if request.lossless:
         check_lossless(model, request)
     _check_policy(model, request)
+    if request.max_forwards and (request.policy.search is not None or request.policy.refine is not None):
+        raise ValueError(
+            f"max_forwards: policy {request.policy} runs several texts for one, so its forwards have no one count"
+        )
     if request.given:
         _check_given(model, request, room)
     if request.stepwise:

@@ -55,6 +55,11 @@ class Job:
         """Whether text is shown at the end only: it may still change."""
         return self.request.policy.search is not None or self.request.policy.refine is not None
 
+    @property
+    def so_far(self) -> Output | None:
+        """What is final by now; None while all of it may still change."""
+        return self.output or (None if self.silent else self.entries[0].output)
+
 
 class Engine:
     """Serves requests: `add` them, `step` until they are done, `cancel` what is no longer wanted."""
@@ -85,17 +90,21 @@ class Engine:
 
     def add(self, request: Request, on_text: OnText | None = None, on_step: OnStep | None = None) -> Job:
         """Hand in a request. Raises ValueError for one that the model, or this engine's memory, cannot serve."""
+        self.check(request)
+        job = Job(self._count, request, on_text, on_step)
+        self._count += 1
+        self._jobs[job.number] = job
+        self._enlist(job, request)
+        return job
+
+    def check(self, request: Request) -> None:
+        """Refuse what the model, or this engine's memory, cannot serve: ValueError. From any thread."""
         check(self.model, request)
         if (most := slots_of(self.model, request, self.limits)) > self.limits.pages * self.limits.page_size:
             raise ValueError(
                 f"the request needs room for {most} tokens and the engine's memory holds "
                 f"{self.limits.pages * self.limits.page_size}; ask for less, or give the engine more pages"
             )
-        job = Job(self._count, request, on_text, on_step)
-        self._count += 1
-        self._jobs[job.number] = job
-        self._enlist(job, request)
-        return job
 
     def cancel(self, job: Job) -> None:
         """Forget a request; its pages are free at once. Between steps, or from a callback."""
@@ -192,6 +201,8 @@ class Engine:
     def _enter(self, entry: Entry) -> None:
         kind = Kind.of(self.model, entry.request)
         self.shared_tokens += entry.table.written
+        if not entry.output.tokens:
+            entry.output.cached_tokens = entry.table.written
         self.prompt_tokens += entry.pending
         if entry.phase is not Phase.MEET:
             left = entry.pending - kind.lag
@@ -243,6 +254,7 @@ class Engine:
                 self._show(rows, ready)
                 open_masks = (rows.blocks.status == MASK).any(1).tolist()
                 self._finish(rows, [row for row in ready if not open_masks[row]])
+                self._stop_spent(rows, ready)
 
     def _has_pages(self, entry: Entry) -> bool:
         """Pages for the next block. Where there are none, who came last goes back to the queue; until that is between
@@ -293,11 +305,20 @@ class Engine:
         for row in done:
             entry = rows.entries[row]
             entry.phase = Phase.DONE
-            if row in going:
+            if row in going and entry.spent:
+                entry.cut_short()
+            elif row in going:
                 fused = self.limits.fused and not rows.kind.first_known
                 entry.output.commit_forwards += not fused
                 entry.output.positions += entry.size
                 entry.phase = Phase.MEET if entry.request.policy.search else Phase.OPEN if fused else Phase.FEED
+
+    def _stop_spent(self, rows: Rows, among: Sequence[int]) -> None:
+        """End the texts whose open block would need a forward that they may not have."""
+        for entry in (rows.entries[row] for row in among):
+            if entry.spent and entry.phase in (Phase.DENOISE, Phase.VERIFY):
+                entry.cut_short()
+                entry.phase = Phase.DONE
 
     def _meet(self, rows: Rows) -> None:
         """Particles go on together: when all that live have finished their block, they may be resampled."""
@@ -325,6 +346,7 @@ class Engine:
                 share.rows.entries[row].phase = Phase.DONE
             self._show(share.rows, share.denoised)
             self._finish(share.rows, done)
+            self._stop_spent(share.rows, share.denoised)
             for row, _ in share.fed:
                 self._file(share.rows.entries[row])
             for row in share.verified:

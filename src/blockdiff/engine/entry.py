@@ -62,6 +62,11 @@ class Entry:
         """Whether a second text, with the prompt hidden, is read beside it."""
         return "unconditional" in self.request.policy.needs
 
+    @property
+    def spent(self) -> bool:
+        """Whether its forwards are used up."""
+        return 0 < self.request.max_forwards <= self.output.forwards
+
     def starts(self) -> list[int]:
         """The start of each token's block; a prompt token is a block of its own."""
         starts = list(range(len(self.request.prompt)))
@@ -107,6 +112,13 @@ class Entry:
         if piece and self.on_text is not None:
             self.on_text(piece)
         return not output.finish_reason
+
+    def cut_short(self) -> None:
+        """End between two blocks: what was open is thrown away."""
+        self.output.finish_reason = "length"
+        piece = self.stream.new_text(final=True)
+        if piece and self.on_text is not None:
+            self.on_text(piece)
 
     def _stopped_at(self, tokens: list[int], before: int) -> int | None:
         """Number of tokens after which a stop string is complete, or None."""

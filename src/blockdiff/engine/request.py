@@ -23,6 +23,8 @@ class Request:
     given: tokens of the text that are fixed, None where it is to be filled (infilling). stepwise: several steps of the
     policy guessed and checked in one pass (`engine.stepwise`). constraint: what the text must match.
 
+    max_forwards: passes after which the text ends with what is final by then (finish reason length); 0: no limit.
+
     The text is a function of the request and the model alone, never of the batch. How it was cut into blocks and how
     many forwards it took is, too, but where drafts are ahead or adaptive (the latter follow the clock) and where
     particles were preempted; `positions` also follow the batch in stepwise decoding.
@@ -42,6 +44,7 @@ class Request:
     forbidden: tuple[int, ...] = ()
     given: tuple[int | None, ...] = ()
     stepwise: int = 0
+    max_forwards: int = 0
     constraint: Automaton | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -53,6 +56,8 @@ class Request:
             raise ValueError(f"block size {self.block_size} is not possible; give 1 or more")
         if any(not text for text in self.stop):
             raise ValueError("a stop string is empty; give at least one character")
+        if self.max_forwards < 0:
+            raise ValueError(f"max_forwards {self.max_forwards} is negative; give the most passes, 0 for no limit")
         if self.stepwise < 0:
             raise ValueError(f"stepwise {self.stepwise} is negative; give the steps to guess, 0 for none")
 
@@ -76,7 +81,8 @@ class Output:
     in nats (their sum is *not* the text's likelihood); blocks: how many tokens each block delivered; steps_per_block:
     denoise forwards of each; finish_reason: end (an end token), stop (a stop string) or length. denoise, commit and
     verify forwards: passes over this request's blocks while it was unfinished; the prefill of the prompt is not among
-    them. positions: tokens of the passes, prefill not counted. edits: filled tokens that were changed.
+    them. positions: tokens of the passes, prefill not counted. edits: filled tokens that were changed. cached_tokens:
+    of the prompt, found in pages that another request had written.
     """
 
     text: str = ""
@@ -91,6 +97,7 @@ class Output:
     verify_forwards: int = 0
     positions: int = 0
     edits: int = 0
+    cached_tokens: int = 0
     seconds: float = 0.0
 
     @property
@@ -134,6 +141,7 @@ class Output:
             "verify_forwards": self.verify_forwards,
             "positions": self.positions,
             "edits": self.edits,
+            "cached_tokens": self.cached_tokens,
             "tokens_per_forward": self.tokens_per_forward,
             "tokens_per_denoise": self.tokens_per_denoise,
             "tokens_per_verify": self.tokens_per_verify,

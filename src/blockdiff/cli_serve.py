@@ -1,0 +1,91 @@
+"""`blockdiff serve`: the server, its options and what it says when it starts."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blockdiff.cli_options import ModelPath, load_model, out
+
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+
+
+def serve(
+    path: ModelPath,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0: any free one.", min=0, max=65535)] = 8000,
+    name: Annotated[str | None, typer.Option(help="The model's name in requests; default: its directory's.")] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(help="Ask for this key; repeatable. Better in the environment.", envvar="BLOCKDIFF_API_KEY"),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of one text; 0: the model's context.", min=0)] = 0,
+    running: Annotated[int, typer.Option(help="Texts written at once.", min=1)] = 64,
+    waiting: Annotated[int, typer.Option(help="Texts that may wait; more are told to come back (429).", min=0)] = 256,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a request ends with what it has.")] = 300.0,
+    grace: Annotated[float, typer.Option(help="Seconds for running requests when the server stops.")] = 20.0,
+    cache_tokens: Annotated[
+        int, typer.Option(help="Tokens of keys and values kept; 0: for all running texts, in a quarter of the memory.")
+    ] = 0,
+    chat_template: Annotated[Path | None, typer.Option(help="File of a chat template (Jinja).")] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Another name that the Host header may have; repeatable.")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Origin whose pages may call this server; repeatable; none by default.")
+    ] = None,
+    strict_coverage: Annotated[
+        bool, typer.Option("--strict-coverage", help="Refuse what training does not cover, instead of warning.")
+    ] = False,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and texts into the log.")] = False,
+) -> None:
+    """Serve a model over HTTP as OpenAI's clients expect it, with a page to try it."""
+    missing = [name for name in ("fastapi", "uvicorn", "sse_starlette", "prometheus_client") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"serve needs {', '.join(missing)}: pip install 'blockdiff[serve]'")
+    from blockdiff.runtime import free_memory
+    from blockdiff.serve.app import Application
+    from blockdiff.serve.listen import listen_on
+    from blockdiff.serve.listen import serve as run
+    from blockdiff.serve.settings import Settings, engine_limits
+
+    settings = Settings(
+        name=name or _name_of(path),
+        api_keys=tuple(api_key or ()),
+        max_tokens=max_tokens,
+        running=running,
+        waiting=waiting,
+        timeout=timeout,
+        grace=grace,
+        hosts=(*_LOOPBACK, *(one.lower() for one in allow_host or ())) if host in _LOOPBACK or allow_host else (),
+        origins=tuple(cors_origin or ()),
+        strict_coverage=strict_coverage,
+        log_prompts=log_prompts,
+    )
+    with listen_on(host, port, settings.send_seconds) as listening:  # before loading: a taken port is told at once
+        model = load_model(path)
+        if chat_template is not None:
+            model.set_chat_template(chat_template)
+        limits = engine_limits(model, settings, cache_tokens, free_memory(model.device))
+        logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s")
+        app = Application(model, settings, limits)
+        shown = f"[{host}]" if ":" in host else host
+        out.print(f"serving {settings.name} at http://{shown}:{listening.getsockname()[1]} (the page; /v1 for clients)")
+        out.file.flush()
+        if not settings.api_keys and host not in (*_LOOPBACK, "::1"):
+            out.print("warning: everyone who reaches this address may use it: set BLOCKDIFF_API_KEY")
+        run(app, listening)
+
+
+def _name_of(path: str) -> str:
+    """The directory's name, or the run's where that is `checkpoint`; a hub name as it is."""
+    where = Path(path)
+    if not where.is_dir():
+        return path
+    where = where.resolve()
+    return where.parent.name if where.name == "checkpoint" else where.name

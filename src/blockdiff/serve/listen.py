@@ -1,0 +1,67 @@
+"""Running the application: a socket, uvicorn, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from typing import Any
+
+import uvicorn
+from sse_starlette.sse import AppStatus
+
+from blockdiff.serve.app import Application
+
+_HEADER_BYTES = 32 * 1024
+_END_SECONDS = 5  # for what was ended to be sent
+
+
+def listen_on(host: str, port: int, send_seconds: float) -> socket.socket:
+    """A listening socket. Raises OSError where the address is taken or unknown.
+
+    Connections whose client takes nothing for `send_seconds` are dropped by the kernel, where it can.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.create_server((host, port), family=family, backlog=1024)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(send_seconds * 1000))
+    return listening
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which tells the desk when it stops."""
+
+    def __init__(self, config: uvicorn.Config, app: Application) -> None:
+        super().__init__(config)
+        self._app = app
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        stopping = asyncio.create_task(self._app.desk.stop())
+        await super().shutdown(sockets)
+        stopping.cancel()
+
+
+def serve(app: Application, listening: socket.socket) -> None:
+    """Serve until SIGINT or SIGTERM; then finish what runs, within the time of grace."""
+    AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]  # streams end when their texts do
+    logging.getLogger("blockdiff.serve").setLevel(logging.INFO)
+    config = uvicorn.Config(
+        app,
+        http="h11",  # it limits the size of headers
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=_HEADER_BYTES,
+        timeout_graceful_shutdown=int(app.settings.grace) + _END_SECONDS,
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it has ended: then they say nothing
+        signal.signal(number, _nothing)
+    _Server(config, app).run(sockets=[listening])
+
+
+def _nothing(number: int, frame: Any) -> None:
+    pass
