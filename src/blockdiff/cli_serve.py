@@ -25,6 +25,9 @@ def serve(
         typer.Option(help="Ask for this key; repeatable. Better in the environment.", envvar="BLOCKDIFF_API_KEY"),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of one text; 0: the model's context.", min=0)] = 0,
+    largest_block: Annotated[
+        int, typer.Option("--max-block-size", help="Largest block size; 0: the largest that training had.", min=0)
+    ] = 0,
     running: Annotated[int, typer.Option(help="Texts written at once.", min=1)] = 64,
     waiting: Annotated[int, typer.Option(help="Texts that may wait; more are told to come back (429).", min=0)] = 256,
     timeout: Annotated[float, typer.Option(help="Seconds after which a request ends with what it has.")] = 300.0,
@@ -58,6 +61,7 @@ def serve(
         name=name or _name_of(path),
         api_keys=tuple(api_key or ()),
         max_tokens=max_tokens,
+        largest_block=largest_block,
         running=running,
         waiting=waiting,
         timeout=timeout,

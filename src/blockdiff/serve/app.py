@@ -9,11 +9,12 @@ from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 
 from blockdiff import __version__
 from blockdiff.api import Model
@@ -54,6 +55,13 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+_ALTERNATIVES = {
+    "prompt": "give a text, a list of texts, token ids, or a list of those",
+    "stop": "give a text of 1 to 500 characters, or a list of such",
+    "content": "give a text, or a list of parts with type text",
+}
+
+
 class Application(FastAPI):
     """The app, its engine's worker and its desk."""
 
@@ -74,8 +82,6 @@ class Application(FastAPI):
         self.add_exception_handler(Refused, _refused)
         self.add_exception_handler(RequestValidationError, _invalid)
         self.add_exception_handler(HTTPException, _http_error)
-        self.add_exception_handler(404, _http_error)
-        self.add_exception_handler(405, _http_error)
         _add_routes(self)
 
     def _tell(self, method: str, path: str, status: int, seconds: float) -> None:
@@ -195,8 +201,12 @@ def _invalid(http: Request, error: Exception) -> Response:
     first = error.errors()[0]
     param = _param(first["loc"])
     says = str(first["msg"])
+    if len(first["loc"]) > 1 and first["type"] != "extra_forbidden" and _is_alternative(first["loc"][-1]):
+        says = _ALTERNATIVES.get((param or "").rpartition(".")[2], says)
     if first["type"] == "json_invalid":
         return problem(400, f"the body is no JSON ({first.get('ctx', {}).get('error', 'it cannot be read')})")
+    if param is None and "json" not in http.headers.get("content-type", ""):
+        return problem(400, "send the body as JSON, with the header Content-Type: application/json")
     if first["type"] == "extra_forbidden":
         says = "is not a field that this server knows"
     return problem(400, f"{param or 'body'}: {says[:1].lower() + says[1:]}", param=param)
@@ -208,13 +218,20 @@ def _param(loc: tuple[str | int, ...]) -> str | None:
     for part in loc[1:]:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part in ("str", "int", "TextPart") or "[" in part:
+        elif _is_alternative(part):
             break
         else:
             path += f".{part}" if path else part
     return path or None
 
 
+def _is_alternative(part: str | int) -> bool:
+    """Whether a part of an error's place is pydantic's name for one of several allowed types."""
+    return isinstance(part, str) and (part in ("str", "int", "constrained-str") or "[" in part)
+
+
 def _http_error(http: Request, error: Exception) -> Response:
     status, detail = getattr(error, "status_code", 500), str(getattr(error, "detail", ""))
+    if status == 400:  # FastAPI's only one of its own
+        detail = "the body cannot be read as JSON in UTF-8"
     return problem(status, detail, headers=getattr(error, "headers", None))

@@ -33,14 +33,14 @@ def capabilities(model: Model, engine: Engine, settings: Settings) -> dict[str, 
         "context_length": model.context_length,
         "max_tokens": min(settings.max_tokens or model.context_length, model.context_length),
         "default_block_size": model.spec.default_block_size,
-        "block_sizes": _block_sizes(model),
+        "block_sizes": block_sizes(model),
         "lossless": _serves(engine, replace(request, lossless=True)),
         "chat": bool(model.tokenizer is not None and model.tokenizer.chat_template),
         "policies": policies,
     }
 
 
-def _block_sizes(model: Model) -> list[int]:
+def block_sizes(model: Model) -> list[int]:
     """1, the default, and the powers of two that training had."""
     spec = model.spec
     sizes = {1, spec.default_block_size}

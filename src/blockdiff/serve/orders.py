@@ -13,12 +13,14 @@ from typing import Any
 from blockdiff.api import Model
 from blockdiff.decode import Policy, Sampling, changed, named
 from blockdiff.engine import Engine, Request
+from blockdiff.serve.capabilities import block_sizes
 from blockdiff.serve.fields import ChatBody, CompletionBody
 from blockdiff.serve.settings import Settings
 
 _SEEDS = 2**63
 _COMPLETION_TOKENS = 16  # of OpenAI's completions, where none are asked for
 _STOPS = 16
+_LONGEST = 400  # characters of an error's message
 # how the messages of the engine's refusals begin, and the field that they are about
 _ABOUT = {
     "policy": "diffusion.policy",
@@ -42,7 +44,8 @@ class Refused(Exception):
         self, message: str, param: str | None = None, *, status: int = 400, code: str | None = None, wait: int = 0
     ) -> None:
         super().__init__(message)
-        self.message, self.param, self.status, self.code, self.wait = message, param, status, code, wait
+        self.message = message if len(message) <= _LONGEST else message[: _LONGEST - 3] + "..."
+        self.param, self.status, self.code, self.wait = param, status, code, wait
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class Clerk:
 
     def __init__(self, model: Model, engine: Engine, settings: Settings) -> None:
         self.model, self.engine, self.settings = model, engine, settings
+        self.largest_block = settings.largest_block or max(block_sizes(model))
         self._lock = threading.Lock()
         self._uncovered = lru_cache(1024)(self._coverage_problem)
 
@@ -164,6 +168,11 @@ class Clerk:
         if options.lossless and log_probabilities:
             raise Refused("logprobs: not with lossless decoding, whose drafts have other probabilities", "logprobs")
         size = self.model.spec.default_block_size if options.block_size is None else options.block_size
+        if size > self.largest_block:
+            raise Refused(
+                f"diffusion.block_size: {size}; this server allows {self.largest_block}, the largest that training had",
+                "diffusion.block_size",
+            )
         seed = secrets.randbits(48) if body.seed is None else body.seed
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         template = Request(
@@ -205,7 +214,10 @@ class Clerk:
             policy = named(name)
         except (ValueError, RecursionError, MemoryError) as error:
             raise Refused(str(error) or "policy: too deep", "diffusion.policy") from error
-        return self._about("diffusion.threshold", changed, policy, options.threshold)
+        try:
+            return changed(policy, options.threshold)
+        except ValueError as error:
+            raise Refused(str(error), "diffusion.threshold") from error
 
     def _sampling(self, body: CompletionBody | ChatBody) -> Sampling:
         temperature = 1.0 if body.temperature is None else body.temperature
@@ -277,7 +289,7 @@ def _with_generation_config(body: ChatBody) -> ChatBody:
         tree["temperature"] = 0.0
     if asked:
         first = _shown(next(iter(asked)))
-        raise Refused(f"{name}: {first} is not supported; leave it out", f"{name}.{first}")
+        raise Refused(f"{name}: {first} is not supported; leave it out", name)
     try:
         return ChatBody.model_validate(tree)
     except ValueError as error:
