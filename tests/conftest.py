@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch
+from serving import TEMPLATE, Server, serving
 
 from blockdiff.runtime import quiet_libraries
 
@@ -74,3 +76,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from blockdiff.training import train
 
     return train(make_config(tiny_config(tmp_path_factory.mktemp("trained")))).path
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with a chat template."""
+    file = tmp_path_factory.mktemp("template") / "chat.jinja"
+    file.write_text(TEMPLATE)
+    return file
+
+
+@pytest.fixture(scope="session")
+def server(trained: Path, template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of the tiny model, which chats by that template."""
+    folder = tmp_path_factory.mktemp("server")
+    with serving(trained / "checkpoint", folder, "--chat-template", str(template), "--name", "tiny") as running:
+        yield running

@@ -78,12 +78,15 @@ def serve(
         limits = engine_limits(model, settings, cache_tokens, free_memory(model.device))
         logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s")
         app = Application(model, settings, limits)
-        shown = f"[{host}]" if ":" in host else host
-        out.print(f"serving {settings.name} at http://{shown}:{listening.getsockname()[1]} (the page; /v1 for clients)")
-        out.file.flush()
-        if not settings.api_keys and host not in (*_LOOPBACK, "::1"):
-            out.print("warning: everyone who reaches this address may use it: set BLOCKDIFF_API_KEY")
-        run(app, listening)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+
+        def ready() -> None:
+            out.print(f"serving {settings.name} at {address} (the page; {address}/v1 for clients)")
+            if not settings.api_keys and host not in (*_LOOPBACK, "::1"):
+                out.print("warning: everyone who reaches this address may use it: set BLOCKDIFF_API_KEY")
+            out.file.flush()
+
+        run(app, listening, ready)
 
 
 def _name_of(path: str) -> str:

@@ -28,27 +28,29 @@ def capabilities(model: Model, engine: Engine, settings: Settings) -> dict[str, 
         for name, entry in TABLE.items()
         if _serves(engine, replace(request, policy=entry.policy))
     ]
+    sizes = block_sizes(model, settings)
     return {
         "diffusion": model.spec.is_diffusion,
         "context_length": model.context_length,
         "max_tokens": min(settings.max_tokens or model.context_length, model.context_length),
-        "default_block_size": model.spec.default_block_size,
-        "block_sizes": block_sizes(model),
+        "default_block_size": min(model.spec.default_block_size, sizes[-1]),
+        "block_sizes": sizes,
         "lossless": _serves(engine, replace(request, lossless=True)),
         "chat": bool(model.tokenizer is not None and model.tokenizer.chat_template),
         "policies": policies,
     }
 
 
-def block_sizes(model: Model) -> list[int]:
-    """1, the default, and the powers of two that training had."""
+def block_sizes(model: Model, settings: Settings) -> list[int]:
+    """Sizes worth offering: 1, the default, and the powers of two that training had, as far as they are allowed."""
     spec = model.spec
     sizes = {1, spec.default_block_size}
     if spec.is_diffusion and spec.trained_length:
         share = spec.layout.token_share(spec.trained_length)
         powers = (2**k for k in range(1, spec.trained_length.bit_length()))
         sizes |= {size for size in powers if size < len(share) and float(share[size]) > _LEAST_SHARE}
-    return sorted(sizes)
+    most = settings.largest_block
+    return sorted(size for size in sizes if not most or size <= most)
 
 
 def _serves(engine: Engine, request: Request) -> bool:

@@ -148,7 +148,7 @@ class _Visit:
     async def _write(self) -> None:
         async for index, event in self._events():
             if isinstance(event, Piece):
-                self.reply.piece(index, event)
+                self.reply.take(index, event)
 
     async def stream(self) -> AsyncIterator[ServerSentEvent]:
         """The answer piece by piece. Whatever ends this, a client that leaves too, frees its texts."""

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -30,11 +31,16 @@ def listen_on(host: str, port: int, send_seconds: float) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which tells the desk when it stops."""
+    """uvicorn's server, which says when it is ready and tells the desk when it stops."""
 
-    def __init__(self, config: uvicorn.Config, app: Application) -> None:
+    def __init__(self, config: uvicorn.Config, app: Application, ready: Callable[[], None]) -> None:
         super().__init__(config)
-        self._app = app
+        self._app, self._ready = app, ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if not self.should_exit:
+            self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         stopping = asyncio.create_task(self._app.desk.stop())
@@ -42,8 +48,8 @@ class _Server(uvicorn.Server):
         stopping.cancel()
 
 
-def serve(app: Application, listening: socket.socket) -> None:
-    """Serve until SIGINT or SIGTERM; then finish what runs, within the time of grace."""
+def serve(app: Application, listening: socket.socket, ready: Callable[[], None]) -> None:
+    """Serve until SIGINT or SIGTERM; then finish what runs, within the time of grace. Calls `ready` when it answers."""
     AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]  # streams end when their texts do
     logging.getLogger("blockdiff.serve").setLevel(logging.INFO)
     config = uvicorn.Config(
@@ -60,7 +66,7 @@ def serve(app: Application, listening: socket.socket) -> None:
     )
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it has ended: then they say nothing
         signal.signal(number, _nothing)
-    _Server(config, app).run(sockets=[listening])
+    _Server(config, app, ready).run(sockets=[listening])
 
 
 def _nothing(number: int, frame: Any) -> None:

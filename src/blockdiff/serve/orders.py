@@ -82,7 +82,7 @@ class Clerk:
 
     def __init__(self, model: Model, engine: Engine, settings: Settings) -> None:
         self.model, self.engine, self.settings = model, engine, settings
-        self.largest_block = settings.largest_block or max(block_sizes(model))
+        self.block_sizes = block_sizes(model, settings)
         self._lock = threading.Lock()
         self._uncovered = lru_cache(1024)(self._coverage_problem)
 
@@ -167,12 +167,12 @@ class Clerk:
         policy = self._policy(body)
         if options.lossless and log_probabilities:
             raise Refused("logprobs: not with lossless decoding, whose drafts have other probabilities", "logprobs")
-        size = self.model.spec.default_block_size if options.block_size is None else options.block_size
-        if size > self.largest_block:
-            raise Refused(
-                f"diffusion.block_size: {size}; this server allows {self.largest_block}, the largest that training had",
-                "diffusion.block_size",
-            )
+        largest = self.settings.largest_block or self.block_sizes[-1]
+        size = min(self.model.spec.default_block_size, largest) if options.block_size is None else options.block_size
+        if size > largest:
+            why = "" if self.settings.largest_block else ", the largest that training had"
+            text = f"diffusion.block_size: {size}; this server allows {largest}{why}"
+            raise Refused(text, "diffusion.block_size")
         seed = secrets.randbits(48) if body.seed is None else body.seed
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         template = Request(
@@ -231,10 +231,11 @@ class Clerk:
         if asked is not None and asked > most:
             raise Refused(f"max_tokens: {asked}; this server allows {most}", "max_tokens")
         if room < 1 or (asked is not None and asked > room):
+            field = "prompt" if asked is None or room < 1 else "max_tokens"
             wanted = "" if asked is None else f" and {asked} new ones"
             raise Refused(
-                f"the context holds {context} tokens; the prompt has {prompt}{wanted}: shorten them",
-                "prompt" if asked is None or room < 1 else "max_tokens",
+                f"{field}: the context holds {context} tokens, and the prompt has {prompt}{wanted}: shorten them",
+                field,
                 code="context_length_exceeded",
             )
         return min(room, most) if asked is None else asked

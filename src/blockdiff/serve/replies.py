@@ -55,8 +55,6 @@ class Reply:
     def piece(self, index: int, piece: Piece) -> dict[str, Any] | None:
         """The chunk of new text; None where there is nothing to send yet."""
         choice = self.choices[index]
-        choice.texts.append(piece.text)
-        choice.tokens += piece.tokens
         if not piece.text and not piece.tokens:
             return None
         chunk = self._chunk(index, {"content": piece.text} if self.order.chat else piece.text)
@@ -102,6 +100,11 @@ class Reply:
         return chunk
 
     # ---- whole
+
+    def take(self, index: int, piece: Piece) -> None:
+        """Keep new text for the whole answer."""
+        self.choices[index].texts.append(piece.text)
+        self.choices[index].tokens += piece.tokens
 
     def whole(self) -> dict[str, Any]:
         return {**self._head, "choices": [self._whole(i) for i in range(len(self.choices))], "usage": self.usage()}
