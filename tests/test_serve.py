@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Server, serving, streamed
+from serving import Server, streamed
+from starlette.testclient import TestClient
 
 import blockdiff
 from blockdiff.decode import Sampling
+from blockdiff.engine import Limits
 
 PROMPT = "the cat sat on"
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "seed": 5, "max_tokens": 24}
+
+
+@contextmanager
+def client_of(checkpoint: Path, **settings: Any) -> Iterator[TestClient]:
+    """The application with other settings, in this process."""
+    from blockdiff.serve.app import Application
+    from blockdiff.serve.settings import Settings
+
+    app = Application(blockdiff.load(checkpoint), Settings(name="other", **settings), Limits(pages=256))
+    with TestClient(app) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +163,10 @@ def test_log_probabilities_say_what_they_are(server: Server, model: blockdiff.Mo
         assert text[offset:].startswith(token)
     events = streamed(server, "/v1/completions", {"prompt": PROMPT, **SAMPLED, "logprobs": 0, "diffusion": options})
     pieces = [data["choices"][0]["logprobs"] for _, data in events[:-1] if data["choices"][0]["logprobs"]]
-    for key in ("tokens", "text_offset", "token_logprobs"):
+    for key in ("tokens", "text_offset"):
         assert [value for piece in pieces for value in piece[key]] == found[key]
+    values = [value for piece in pieces for value in piece["token_logprobs"]]
+    assert values == pytest.approx(found["token_logprobs"], abs=1e-4)
 
 
 def test_chat_answers_a_conversation(server: Server, model: blockdiff.Model):
@@ -342,14 +359,14 @@ def test_a_prompt_of_masks_is_refused(server: Server, model: blockdiff.Model):
     assert "[MASK]" in answer["error"]["message"]
 
 
-def test_what_training_does_not_cover_is_told_or_refused(server: Server, trained: Path, tmp_path: Path):
+def test_what_training_does_not_cover_is_told_or_refused(server: Server, trained: Path):
     long = {"prompt": PROMPT, "max_tokens": 100, "temperature": 0}  # training had 64 tokens
     assert "not covered by training" in server.complete(**long)["usage"]["diffusion"]["warnings"][0]
     assert server.complete(PROMPT, max_tokens=8)["usage"]["diffusion"]["warnings"] == []
-    with serving(trained / "checkpoint", tmp_path, "--strict-coverage", "--name", "strict") as strict:
-        status, answer, _ = strict.post("/v1/completions", long)
-        assert (status, answer["error"]["code"]) == (400, "not_covered")
-        assert strict.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 8})[0] == 200
+    with client_of(trained / "checkpoint", strict_coverage=True) as strict:
+        answer = strict.post("/v1/completions", json=long)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_covered")
+        assert strict.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 8}).status_code == 200
 
 
 def test_the_model_says_what_it_can(server: Server):
@@ -382,14 +399,15 @@ def test_a_model_that_only_decodes_one_by_one(tmp_path: Path, trained: Path):
     LlamaForCausalLM(config).save_pretrained(tmp_path / "ar")
     assert loaded.tokenizer is not None
     loaded.tokenizer.save_pretrained(tmp_path / "ar")
-    with serving(tmp_path / "ar", tmp_path) as running:
-        about = running.call("GET", "/v1/models")[1]["data"][0]["blockdiff"]
+    with client_of(tmp_path / "ar") as client:
+        about = client.get("/v1/models").json()["data"][0]["blockdiff"]
         assert (about["diffusion"], about["block_sizes"]) == (False, [1])
-        assert running.complete("a", max_tokens=4)["usage"]["diffusion"]["block_size"] == 1
-        status, answer, _ = running.post("/v1/completions", {"prompt": "a", "diffusion": {"block_size": 4}})
-        assert (status, answer["error"]["param"]) == (400, "diffusion.block_size")
-        status, answer, _ = running.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]})
-        assert (status, "chat template" in answer["error"]["message"]) == (400, True)
+        written = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 4}).json()
+        assert written["usage"]["diffusion"]["block_size"] == 1
+        answer = client.post("/v1/completions", json={"prompt": "a", "diffusion": {"block_size": 4}})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "diffusion.block_size")
+        answer = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "a"}]})
+        assert (answer.status_code, "chat template" in answer.json()["error"]["message"]) == (400, True)
 
 
 def test_metrics_count(server: Server):
@@ -406,13 +424,14 @@ def test_metrics_count(server: Server):
     assert math.isfinite(server.metric("pages"))
 
 
-def test_options_of_the_command(trained: Path, tmp_path: Path):
-    model = trained / "checkpoint"
-    with serving(model, tmp_path, "--max-tokens", "10", "--max-block-size", "4") as running:
-        entry = running.call("GET", "/v1/models")[1]["data"][0]
-        assert entry["id"] == "run"
-        assert (entry["blockdiff"]["max_tokens"], entry["blockdiff"]["block_sizes"]) == (10, [1, 2, 4])
-        assert running.post("/v1/completions", {"prompt": "a", "max_tokens": 11})[1]["error"]["param"] == "max_tokens"
-        refused = running.post("/v1/completions", {"prompt": "a", "max_tokens": 5, "diffusion": {"block_size": 5}})[1]
-        assert refused["error"]["param"] == "diffusion.block_size"
-        assert running.complete("a", max_tokens=10, diffusion={"block_size": 4})
+def test_limits_of_the_server(trained: Path):
+    with client_of(trained / "checkpoint", max_tokens=10, largest_block=4) as client:
+        about = client.get("/v1/models").json()["data"][0]["blockdiff"]
+        assert (about["max_tokens"], about["block_sizes"]) == (10, [1, 2, 4])
+        for body, param in (
+            ({"max_tokens": 11}, "max_tokens"),
+            ({"max_tokens": 5, "diffusion": {"block_size": 5}}, "diffusion.block_size"),
+            ({"max_tokens": 10, "diffusion": {"block_size": 4}}, None),
+        ):
+            answer = client.post("/v1/completions", json={"prompt": "a", **body}).json()
+            assert answer.get("error", {}).get("param") == param

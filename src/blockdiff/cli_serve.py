@@ -32,6 +32,8 @@ def serve(
     waiting: Annotated[int, typer.Option(help="Texts that may wait; more are told to come back (429).", min=0)] = 256,
     timeout: Annotated[float, typer.Option(help="Seconds after which a request ends with what it has.")] = 300.0,
     grace: Annotated[float, typer.Option(help="Seconds for running requests when the server stops.")] = 20.0,
+    keep_alive: Annotated[float, typer.Option(help="Seconds between comments in a silent stream.")] = 15.0,
+    body_timeout: Annotated[float, typer.Option(help="Seconds for a request's body to arrive.")] = 20.0,
     cache_tokens: Annotated[
         int, typer.Option(help="Tokens of keys and values kept; 0: for all running texts, in a quarter of the memory.")
     ] = 0,
@@ -66,6 +68,8 @@ def serve(
         waiting=waiting,
         timeout=timeout,
         grace=grace,
+        keep_alive=keep_alive,
+        body_seconds=body_timeout,
         hosts=(*_LOOPBACK, *(one.lower() for one in allow_host or ())) if host in _LOOPBACK or allow_host else (),
         origins=tuple(cors_origin or ()),
         strict_coverage=strict_coverage,

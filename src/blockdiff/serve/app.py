@@ -48,6 +48,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         404: "this model is not served here",
         408: "the body did not arrive in time",
         413: "the body is too large",
+        431: "the headers are too large",
         429: "every place is taken; see Retry-After",
         500: "the engine failed",
         503: "the server is stopping",

@@ -63,9 +63,13 @@ class Desk:
         self._visits.discard(visit)
         if visit.open:
             self.worker.cancel(visit.tickets)
+            self.metrics.ended.labels("disconnect").inc(visit.open)
 
     def ended(self, visit: _Visit, index: int, output: Output, reason: str) -> None:
         self._recent.append(time.perf_counter() - visit.began)
+        if self.settings.log_prompts:
+            prompt = self.worker.engine.tokenizer.decode(visit.order.requests[index].prompt)
+            log.info("%s %d prompt %r text %r", visit.reply.id, index, prompt, output.text)
         self.metrics.text(output, len(visit.order.requests[index].prompt), reason)
 
     async def stop(self) -> None:

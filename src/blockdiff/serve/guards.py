@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from blockdiff.serve.settings import Settings
 
 OPEN_PATHS = {"/", "/page.css", "/page.js", "/health"}
+HEADER_BYTES = 32 * 1024
 _DISCARD_SECONDS = 5.0
 Tell = Callable[[str, str, int, float], None]
 
@@ -64,6 +65,10 @@ class Guards:
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
+        if sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope["raw_path"]) > HEADER_BYTES:
+            too_much = problem(431, f"the headers are larger than {HEADER_BYTES} bytes", code="too_large")
+            await too_much(scope, receive, send)
+            return
         refused = self._refused(scope["path"], headers)
         body = b""
         if refused is None:

@@ -13,8 +13,8 @@ import uvicorn
 from sse_starlette.sse import AppStatus
 
 from blockdiff.serve.app import Application
+from blockdiff.serve.guards import HEADER_BYTES
 
-_HEADER_BYTES = 32 * 1024
 _END_SECONDS = 5  # for what was ended to be sent
 
 
@@ -61,7 +61,7 @@ def serve(app: Application, listening: socket.socket, ready: Callable[[], None])
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        h11_max_incomplete_event_size=_HEADER_BYTES,
+        h11_max_incomplete_event_size=HEADER_BYTES,
         timeout_graceful_shutdown=int(app.settings.grace) + _END_SECONDS,
     )
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it has ended: then they say nothing

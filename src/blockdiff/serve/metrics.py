@@ -12,6 +12,9 @@ from blockdiff.serve.worker import Stats, Worker
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 _RATIOS = (0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+_REASONS = ("end", "stop", "length", "timeout", "shutdown", "disconnect")
+_TOKENS = ("prompt", "cached_prompt", "completion")
+_FORWARDS = ("denoise", "commit", "verify")
 
 
 class Metrics:
@@ -35,6 +38,9 @@ class Metrics:
             "blockdiff_tokens_per_forward", "Tokens per forward, commits counted.", buckets=_RATIOS, registry=own
         )
         self.steps = Histogram("blockdiff_steps_per_block", "Denoising steps.", buckets=_RATIOS, registry=own)
+        for counter, labels in ((self.ended, _REASONS), (self.tokens, _TOKENS), (self.forwards, _FORWARDS)):
+            for label in labels:
+                counter.labels(label)  # so that each is there from the beginning
 
     def text(self, output: Output, prompt_tokens: int, reason: str) -> None:
         """Count a text that ended. reason: why, where it was ended from outside."""
@@ -42,7 +48,7 @@ class Metrics:
         self.tokens.labels("prompt").inc(prompt_tokens)
         self.tokens.labels("cached_prompt").inc(output.cached_tokens)
         self.tokens.labels("completion").inc(len(output.tokens))
-        for kind in ("denoise", "commit", "verify"):
+        for kind in _FORWARDS:
             self.forwards.labels(kind).inc(getattr(output, f"{kind}_forwards"))
         self.seconds.observe(output.seconds)
         if output.forwards:
