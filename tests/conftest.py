@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ quiet_libraries()
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs the real checkpoint and data of ../shared")
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(
+    BROWSER is None, reason="needs a browser: apt-get install --no-install-recommends chromium (`make test` tries to)"
+)
 
 _WORDS = "the cat sat on the mat . a dog ate the hat . one bird saw two cats . the mat was red . we all ran home . "
 
@@ -92,3 +97,16 @@ def server(trained: Path, template: Path, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("server")
     with serving(trained / "checkpoint", folder, "--chat-template", str(template), "--name", "tiny") as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium, for the tests of one module."""
+    driver = pytest.importorskip("playwright.sync_api", reason="needs playwright, which the extra `dev` brings")
+    with driver.sync_playwright() as playwright:
+        try:
+            opened = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        except driver.Error as error:
+            pytest.skip(f"{BROWSER} does not start: {str(error).splitlines()[0]}")
+        yield opened
+        opened.close()

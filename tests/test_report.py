@@ -12,14 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import needs_browser
 from test_cli import run
 
 from blockdiff import cli, report
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-needs_browser = pytest.mark.skipif(
-    BROWSER is None, reason="needs a browser: apt-get install --no-install-recommends chromium (`make test` tries to)"
-)
 HOSTILE = "<img src=x onerror=alert(1)>"
 SECTIONS = {
     "bound": "Bounds on the validation text",
@@ -371,18 +368,6 @@ def test_traces_are_what_was_decoded(runs, trained, tmp_path, capsys):
     assert "".join(token["text"] for token in drafted["tokens"]) != ""
     assert drafted["frames"] != row["frames"]
     assert drafted["name"].endswith("lossless")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    driver = pytest.importorskip("playwright.sync_api", reason="needs playwright, which the extra `dev` brings")
-    with driver.sync_playwright() as playwright:
-        try:
-            opened = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        except driver.Error as error:
-            pytest.skip(f"{BROWSER} does not start: {str(error).splitlines()[0]}")
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")
