@@ -22,7 +22,10 @@ def serve(
     name: Annotated[str | None, typer.Option(help="The model's name in requests; default: its directory's.")] = None,
     api_key: Annotated[
         list[str] | None,
-        typer.Option(help="Ask for this key; repeatable. Better in the environment.", envvar="BLOCKDIFF_API_KEY"),
+        typer.Option(
+            help="Ask for this key; repeatable. Better in the environment.",
+            envvar="BLOCKDIFF_API_KEY",
+        ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of one text; 0: the model's context.", min=0)] = 0,
     largest_block: Annotated[

@@ -15,6 +15,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
 
 from blockdiff import __version__
 from blockdiff.api import Model
@@ -157,9 +158,13 @@ def _add_routes(app: Application) -> None:
             return problem(503, "the server is stopping", code="stopping")
         return Response('{"status":"ok"}', media_type="application/json")
 
-    @app.get("/metrics")
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def favicon() -> Response:
+        return Response(status_code=204)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        return Response(app.desk.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return PlainTextResponse(app.desk.metrics.page(), media_type="text/plain; version=0.0.4")
 
     for path, (file, kind) in _PAGES.items():
         content = (resources.files("blockdiff.serve") / "static" / file).read_bytes()

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from blockdiff.serve.settings import Settings
 
-OPEN_PATHS = {"/", "/page.css", "/page.js", "/health"}
+OPEN_PATHS = {"/", "/page.css", "/page.js", "/favicon.ico", "/health"}
 HEADER_BYTES = 32 * 1024
 _DISCARD_SECONDS = 5.0
 Tell = Callable[[str, str, int, float], None]

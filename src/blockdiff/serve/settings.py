@@ -43,8 +43,8 @@ class Settings:
         if not self.name or not self.name.isprintable():
             raise ValueError(f"--name {self.name!r}: give a name of printable characters")
         for key in self.api_keys:
-            if not (key.isascii() and key.isprintable() and key.strip() == key and key):
-                raise ValueError("--api-key: give printable ASCII characters without spaces around them")
+            if not (key.isascii() and key.isprintable() and key and " " not in key):
+                raise ValueError("--api-key: give printable ASCII characters without spaces")
         for name in ("choices", "running", "body_bytes", "timeout", "body_seconds", "send_seconds", "keep_alive"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"serve: {name} is {getattr(self, name)}; give a number above 0")

@@ -150,6 +150,7 @@ class Worker:
 
     def _run(self) -> None:
         with prepared(self.engine.model):
+            self._warm_up()
             while not self._stopped:
                 if not self.engine.busy:
                     self._send()
@@ -161,6 +162,15 @@ class Worker:
                     self._step()
                 self._send()
                 self._count()
+
+    def _warm_up(self) -> None:
+        """Write a few tokens, so that the first request does not pay for what is made at first use."""
+        model = self.engine.model
+        size = model.spec.default_block_size
+        room = max(min(2 * size, model.context_length - 1), 1)
+        self.engine.add(Request(prompt=(model.end_ids or (0,))[:1], max_new_tokens=room, block_size=size))
+        while self.engine.busy:
+            self.engine.step()
 
     def _step(self) -> None:
         try:
