@@ -30,9 +30,7 @@ import psutil
 from blockdiff.files import write_json
 from blockdiff.runtime import record
 
-WORDS = (
-    "the and for with from list object class value call name type string number file error key set test path".split()
-)
+WORDS = "the and for with from list object class value call name type string number file error key set test path"
 POLICIES = ("threshold", "threshold(0.5)", "fixed_count", "entropy_bounded", "first_hitting")
 
 
@@ -58,7 +56,7 @@ def catalogue(count: int, sizes: list[int], seed: int) -> list[dict[str, Any]]:
         options: dict[str, Any] = {"block_size": draw.choice(sizes), "policy": draw.choice(POLICIES)}
         if draw.random() < 0.2:
             options = {"block_size": max(sizes), "lossless": True}
-        prompt = " ".join(draw.choice(WORDS) for _ in range(draw.randrange(2, 40)))
+        prompt = " ".join(draw.choice(WORDS.split()) for _ in range(draw.randrange(2, 40)))
         sampled = {"temperature": draw.choice([0.0, 0.7, 1.0]), "seed": number, "max_tokens": draw.randrange(16, 97)}
         found.append({"prompt": prompt, **sampled, "diffusion": options, "stream_options": {"include_usage": True}})
     return found
@@ -69,7 +67,7 @@ async def stream(port: int, body: dict[str, Any]) -> AsyncIterator[tuple[int, st
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         data = json.dumps({**body, "stream": True}).encode()
-        head = f"POST /v1/completions HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
         status = int((await reader.readline()).split()[1])
         while (await reader.readline()).strip():
@@ -95,11 +93,12 @@ async def stream(port: int, body: dict[str, Any]) -> AsyncIterator[tuple[int, st
 
 async def follow(port: int, body: dict[str, Any], phase: Phase, leave_after: int | None, alone: str | None) -> str:
     """Read a stream, or leave after so many pieces of text; what it brought goes to the phase."""
-    began, text, pieces, usage, ended = time.perf_counter(), "", 0, None, False
+    began, text, pieces, usage, ended, told = time.perf_counter(), "", 0, None, False, False
     async for status, piece, extra in stream(port, body):
         if not text and piece:
             phase.first.append(time.perf_counter() - began)
-        phase.statuses[status] += not pieces and not text and extra is None
+        phase.statuses[status] += not told
+        told = True
         text += piece
         ended = ended or extra == "done"
         usage = extra if isinstance(extra, dict) else usage
