@@ -1,0 +1,111 @@
+"""A model of this machine as partner."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from itertools import groupby
+
+from blockdiff.api import Model
+from blockdiff.chat.conversation import Conversation, Settings
+from blockdiff.chat.partner import Draft, End, Event, Text, full
+from blockdiff.decode import Policy, Sampling, changed, named
+from blockdiff.engine.checks import check
+from blockdiff.engine.engine import Engine
+from blockdiff.engine.limits import Limits, limits_for
+from blockdiff.engine.network import prepared
+from blockdiff.engine.request import Request, Step
+from blockdiff.engine.stream import pieces
+
+
+class LocalPartner:
+    """drafts: whether the open block is told too."""
+
+    def __init__(self, model: Model, name: str, *, plain: bool, drafts: bool) -> None:
+        self.model, self.name, self.plain, self.drafts = model, name, plain, drafts
+        self.context: int | None = model.context_length if model.context_length < 1 << 30 else None
+
+    def check(self, settings: Settings) -> None:
+        probe = Conversation(turns=("a",), plain=self.plain)
+        check(self.model, self._request(self._prompt(probe), settings))
+
+    def answer(self, conversation: Conversation, settings: Settings) -> Generator[Event]:
+        prompt = self._prompt(conversation)
+        if self.context is not None and len(prompt) >= self.context:
+            raise ValueError(full(len(prompt), self.context))
+        request = self._request(prompt, settings)
+        engine = Engine(self.model, limits_for(self.model, [request], Limits()))
+        told: deque[Event] = deque()
+
+        def on_step(step: Step) -> None:
+            told.append(Draft(self._draft(prompt, step.tokens)))
+
+        with prepared(self.model):
+            job = engine.add(request, lambda piece: told.append(Text(piece)), on_step if self.drafts else None)
+            while engine.busy:
+                with _undisturbed():
+                    engine.step()
+                while told:
+                    yield told.popleft()
+        output = job.output
+        assert output is not None
+        cut = output.finish_reason == "length"
+        spent = self.context is not None and len(prompt) + len(output.tokens) >= self.context
+        yield End(len(output.tokens), output.forwards, cut=cut and not spent, full=cut and spent)
+
+    def _prompt(self, conversation: Conversation) -> tuple[int, ...]:
+        if self.plain:
+            return tuple(self.model.encode(conversation.text))
+        return tuple(self.model.encode_chat(conversation.messages))
+
+    def _request(self, prompt: tuple[int, ...], settings: Settings) -> Request:
+        """As `Model.generate` asks for it."""
+        size, lossless = settings.block_size, settings.lossless
+        chosen = settings.policy is not None or settings.threshold is not None
+        return Request(
+            prompt=prompt,
+            max_new_tokens=settings.max_new_tokens,
+            block_size=self.model.spec.default_block_size if size is None else size,
+            policy=_policy(settings) if chosen else named("one_step" if lossless else "threshold"),
+            sampling=Sampling(settings.temperature),
+            seed=settings.seed,
+            end_ids=self.model.end_ids,
+            lossless=lossless,
+            drafting="auto" if lossless and not chosen else "policy",
+            adaptive=lossless,
+            forbidden=self.model.control_ids,
+        )
+
+    def _draft(self, prompt: tuple[int, ...], tokens: tuple[int | None, ...]) -> tuple[str | None, ...]:
+        """Each token's text, decoded with its neighbours: a character may need several, a space one before it."""
+        tokenizer = self.model.tokenizer
+        assert tokenizer is not None
+        shown: list[str | None] = []
+        for masked, run in groupby(tokens, lambda token: token is None):
+            same = list(run)
+            known = [token for token in same if token is not None]
+            shown.extend([None] * len(same) if masked else pieces(tokenizer, prompt[-1:], known))
+        return tuple(shown)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Hold Ctrl-C back until the end of a pass: torch would make a RuntimeError of it, or leave the pass half done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
+
+
+def _policy(settings: Settings) -> Policy:
+    return changed(named(settings.policy or "threshold"), settings.threshold, None)
