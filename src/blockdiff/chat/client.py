@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Generator, Iterable, Iterator
@@ -16,8 +17,13 @@ from urllib.parse import urlsplit
 from blockdiff.chat.printable import one_line
 
 _LONGEST = 1 << 24  # bytes of one line of a stream, or of a whole answer
+_TOO_LONG = re.compile(rb"context_length_exceeded|exceed_context_size|context (length|size|window)", re.I)
 _QUIET = 600.0  # seconds that a stream may say nothing
 _QUICK = 30.0  # seconds that anything else may take
+
+
+class TooLong(ValueError):
+    """A server's refusal of a prompt, or of a prompt and its max_tokens, that the model's context does not hold."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -82,9 +88,10 @@ class Client:
 
     def _refused(self, error: urllib.error.HTTPError) -> Exception:
         try:
-            said = message_of(error.read(1 << 16))
+            body = error.read(1 << 16)
         except (http.client.HTTPException, OSError):
-            said = ""
+            body = b""
+        said = message_of(body)
         told = f"{error.code}: {said}" if said else str(error.code)
         if error.code in (401, 403):
             return ValueError(
@@ -98,7 +105,8 @@ class Client:
             return ValueError(f"{self.base} sends on to {where} ({error.code}); give that address itself")
         if error.code >= 500:
             return ConnectionError(f"{self.base} failed ({told})")
-        return ValueError(f"{self.base} refuses this ({told})")
+        too_long = _TOO_LONG.search(body) is not None
+        return (TooLong if too_long else ValueError)(f"{self.base} refuses this ({told})")
 
 
 def message_of(body: bytes | str) -> str:
@@ -111,7 +119,7 @@ def message_of(body: bytes | str) -> str:
     for key in ("error", "message", "detail"):
         if isinstance(found, dict) and found.get(key):
             found = found[key]
-    return one_line(found if isinstance(found, str) else json.dumps(found))
+    return one_line(found if isinstance(found, str) else json.dumps(found) if found else "")
 
 
 def events(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:

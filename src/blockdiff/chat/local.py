@@ -54,7 +54,9 @@ class LocalPartner:
         assert output is not None
         cut = output.finish_reason == "length"
         spent = self.context is not None and len(prompt) + len(output.tokens) >= self.context
-        yield End(len(output.tokens), output.forwards, cut=cut and not spent, full=cut and spent)
+        yield End(
+            len(output.tokens), output.forwards, cut=cut and not spent, full=cut and spent, notes=self._notes(request)
+        )
 
     def _prompt(self, conversation: Conversation) -> tuple[int, ...]:
         if self.plain:
@@ -78,6 +80,19 @@ class LocalPartner:
             adaptive=lossless,
             forbidden=self.model.control_ids,
         )
+
+    def _notes(self, request: Request) -> tuple[str, ...]:
+        """What training does not cover of a request."""
+        spec = self.model.spec
+        if not spec.is_diffusion or not spec.trained_length:
+            return ()
+        found = self.model.coverage(
+            len(request.prompt),
+            max_new_tokens=request.max_new_tokens,
+            block_size=1 if request.lossless else request.block_size,  # such a draft costs speed, not text
+            policy=request.policy,
+        )
+        return () if found.covered else (f"not covered by training: {found.worst.sentence}",)
 
     def _draft(self, prompt: tuple[int, ...], tokens: tuple[int | None, ...]) -> tuple[str | None, ...]:
         """Each token's text, decoded with its neighbours: a character may need several, a space one before it."""

@@ -8,7 +8,7 @@ from collections.abc import Generator
 from contextlib import closing
 from typing import Any
 
-from blockdiff.chat.client import Client, message_of
+from blockdiff.chat.client import Client, TooLong, message_of
 from blockdiff.chat.conversation import Conversation, Settings
 from blockdiff.chat.partner import Draft, End, Event, Text, full
 from blockdiff.chat.printable import one_line
@@ -38,23 +38,38 @@ class RemotePartner:
             )
 
     def answer(self, conversation: Conversation, settings: Settings) -> Generator[Event]:
-        path = "/completions" if self.plain else "/chat/completions"
+        """Where the context has less room than an answer may have tokens, it is asked for in what room there is."""
+        refusal: TooLong | None = None
+        for limit in self._limits(settings.max_new_tokens):
+            try:
+                yield from self._answer(self._body(conversation, settings, limit))
+                return
+            except TooLong as error:
+                refusal = error
+        raise ValueError(f"{full(None, self.context)}; {refusal}")
+
+    def _limits(self, asked: int) -> list[int | None]:
+        """Limits to try one after the other. In a chat, none at all is what the context holds; a completion without one
+        would be 16 tokens."""
+        most = self.about.get("max_tokens")
+        limit = min(asked, most) if isinstance(most, int) and most > 0 else asked
+        if not self.plain:
+            return [None] if self.context is not None and limit >= self.context else [limit, None]
+        return [limit >> halvings for halvings in range(limit.bit_length())]
+
+    def _answer(self, body: dict[str, Any]) -> Generator[Event]:
         reading = _Reading(self)
-        try:
-            with closing(self.client.stream(path, self._body(conversation, settings))) as stream:
-                for name, data in stream:
-                    if name == "" and data == "[DONE]":
-                        break
-                    yield from reading.events(name, data)
-        except ValueError as error:
-            if _is_full(str(error)):
-                raise ValueError(f"{full(None, self.context)}; {error}") from None
-            raise
+        path = "/completions" if self.plain else "/chat/completions"
+        with closing(self.client.stream(path, body)) as stream:
+            for name, data in stream:
+                if name == "" and data == "[DONE]":
+                    break
+                yield from reading.events(name, data)
         if not reading.reason:
             raise ConnectionError(f"{self.client.base}: the connection broke off before the end of the answer")
         yield reading.end()
 
-    def _body(self, conversation: Conversation, settings: Settings) -> dict[str, Any]:
+    def _body(self, conversation: Conversation, settings: Settings, limit: int | None) -> dict[str, Any]:
         said = {"prompt": conversation.text} if self.plain else {"messages": conversation.messages}
         options = {
             "policy": settings.policy,
@@ -67,7 +82,7 @@ class RemotePartner:
         return {
             "model": self.name,
             **said,
-            "max_tokens": settings.max_new_tokens,
+            **({} if limit is None else {"max_tokens": limit}),
             "temperature": settings.temperature,
             "seed": settings.seed,
             "stream": True,
@@ -131,9 +146,3 @@ def _entry(client: Client, name: str | None) -> dict[str, Any]:
         near = difflib.get_close_matches(name, models, n=1)
         raise ValueError(f"--model {name}: {client.base} has {one_line(near[0]) if near else shown}")
     return models[name]
-
-
-def _is_full(message: str) -> bool:
-    """Whether a refusal is for a conversation that is too long: every server has its own words for it."""
-    lower = message.lower()
-    return "context" in lower and any(word in lower for word in ("length", "tokens", "holds", "exceed", "window"))

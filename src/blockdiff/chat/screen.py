@@ -49,18 +49,21 @@ class Screen:
 
 
 class PlainDrawing:
-    """Final text as it comes, and a newline at the end."""
+    """Final text as it comes, and a newline at its end."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._begun = False
 
     def __enter__(self) -> PlainDrawing:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.text("\n")
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        if self._begun or failed is None:
+            self.text("\n")
 
     def text(self, piece: str) -> None:
+        self._begun = True
         self._console.file.write(printable(piece))
         self._console.file.flush()
 
@@ -73,7 +76,7 @@ class LiveDrawing:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._live = Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False)
+        self._live = Live(console=console, auto_refresh=False, transient=True)
         self._row = ""
         self._draft: tuple[str | None, ...] = ()
         self._drawn = 0.0
@@ -90,22 +93,28 @@ class LiveDrawing:
     def text(self, piece: str) -> None:
         self._draft = ()
         self._row += printable(piece).replace("\t", "    ")
+        settled = []
         while (end := row_end(self._row, self._console.width)) is not None:
-            row, self._row = self._row[:end], self._row[end:]
-            self._console.print(RichText(row.rstrip()))
-        self._refresh()
+            settled.append(self._row[:end].rstrip())
+            self._row = self._row[end:]
+        if settled:
+            self._live.update(self._shown())
+            self._console.print(RichText("\n".join(settled)))  # draws what is live anew below itself
+        else:
+            self._refresh()
 
     def draft(self, tokens: tuple[str | None, ...]) -> None:
         self._draft = tokens
         self._refresh()
 
     def _refresh(self) -> None:
-        if time.perf_counter() - self._drawn < _PAUSE:
-            return
+        if time.perf_counter() - self._drawn >= _PAUSE:
+            self._live.update(self._shown(), refresh=True)
+            self._drawn = time.perf_counter()
+
+    def _shown(self) -> RichText:
         shown = RichText(self._row)
-        shown.append("".join(MASK if token is None else _inside(token) for token in self._draft), style="dim")
-        self._live.update(shown, refresh=True)
-        self._drawn = time.perf_counter()
+        return shown.append("".join(MASK if token is None else _inside(token) for token in self._draft), style="dim")
 
 
 def row_end(text: str, width: int) -> int | None:

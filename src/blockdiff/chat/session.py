@@ -32,6 +32,7 @@ class Session:
     ) -> None:
         self.partner, self.screen, self.interactive = partner, screen, interactive
         self.conversation, self.settings = conversation, settings
+        self._warned = False  # of these settings
 
     def run(self) -> None:
         """Until /exit or the end of the input. Where nobody types: raises ValueError and OSError as they come."""
@@ -113,12 +114,13 @@ class Session:
                 parts += [f"{end.forwards} forwards", f"{per_forward:.2f} tokens per forward with commits"]
             parts.append(f"{end.tokens / max(seconds, 1e-9):.1f} tokens/s")
         self.screen.say(", ".join([*parts, f"{seconds:.2f} s"]))
-        for note in end.notes:
+        for note in end.notes if not self._warned else ():
             self.screen.say(f"warning: {note}", "yellow")
+        self._warned = self._warned or bool(end.notes)
         if end.full:
             self.screen.say(full(self.partner.context, self.partner.context), "yellow")
         elif end.cut:
-            self.screen.say(f"cut at max_new_tokens={self.settings.max_new_tokens}: /set changes it")
+            self.screen.say("cut at the limit of tokens: /set max_new_tokens=... changes it")
 
     # ---- commands
 
@@ -145,7 +147,7 @@ class Session:
         if change:
             settings = self.settings.changed(change)
             self.partner.check(settings)
-            self.settings = settings
+            self.settings, self._warned = settings, False
         self.screen.say(self.settings.described)
 
     def _save(self, name: str) -> None:
