@@ -68,8 +68,7 @@ def _partner(
 
     if name is not None:
         raise ValueError("--model chooses among the models of a server; here the argument names the model already")
-    template = None if chat_template is None else chat_template.read_text()
     loaded = load_model(model)
-    if template is not None and loaded.tokenizer is not None:
-        loaded.tokenizer.chat_template = template
+    if chat_template is not None:
+        loaded.set_chat_template(chat_template)
     return LocalPartner(loaded, model, plain=plain, drafts=drafts)

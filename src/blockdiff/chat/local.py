@@ -88,11 +88,14 @@ class LocalPartner:
             return ()
         found = self.model.coverage(
             len(request.prompt),
-            max_new_tokens=request.max_new_tokens,
+            max_new_tokens=min(request.max_new_tokens, self.model.context_length - len(request.prompt)),
             block_size=1 if request.lossless else request.block_size,  # such a draft costs speed, not text
             policy=request.policy,
         )
-        return () if found.covered else (f"not covered by training: {found.worst.sentence}",)
+        if found.covered:
+            return ()
+        worst = found.worst
+        return (f"not covered by training ({worst.kind}, {worst.share:.0%} of the calls): {worst.sentence}",)
 
     def _draft(self, prompt: tuple[int, ...], tokens: tuple[int | None, ...]) -> tuple[str | None, ...]:
         """Each token's text, decoded with its neighbours: a character may need several, a space one before it."""

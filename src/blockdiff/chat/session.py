@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from blockdiff.chat.conversation import Conversation, Settings
@@ -12,6 +12,9 @@ from blockdiff.chat.partner import End, Partner, Text, full
 from blockdiff.chat.screen import Screen
 from blockdiff.files import write_json
 from blockdiff.runtime import record
+
+with suppress(ImportError):  # input() edits lines and remembers them where the system has it
+    import readline  # noqa: F401
 
 HELP = """\
 /help              this list
