@@ -22,7 +22,7 @@ from terminal import Terminal
 from test_cli import run
 
 import blockdiff
-from blockdiff.chat import Conversation, Session, Settings
+from blockdiff.chat import Conversation, Session, Settings, Text, client
 from blockdiff.chat.client import events
 from blockdiff.chat.printable import printable
 from blockdiff.chat.screen import LiveDrawing, Screen
@@ -218,6 +218,32 @@ def test_a_full_context_loses_nothing(trained, template, tmp_path, monkeypatch):
     assert written.splitlines()[0] == written.splitlines()[1]
 
 
+def test_what_was_said_is_read_once(trained, monkeypatch):
+    """Keys and values of earlier turns are found again, after a stopped answer too; the text is the same as without."""
+    from blockdiff.chat.local import LocalPartner
+
+    model = blockdiff.load(trained / "checkpoint")
+    model.tokenizer.chat_template = TEMPLATE
+    settings = Settings(max_new_tokens=8, temperature=1.0, block_size=4)
+
+    def answer(partner: LocalPartner, *turns: str) -> str:
+        events = partner.answer(Conversation(turns=turns), settings)
+        return "".join(event.piece for event in events if isinstance(event, Text))
+
+    kept = LocalPartner(model, "trained", plain=False, drafts=False)
+    first = answer(kept, "the cat sat on the mat and the dog ate the hat")
+    assert kept.engine.shared_tokens == 0
+    stopped = kept.answer(Conversation(turns=("the bird saw the cat",)), settings)
+    next(stopped)
+    stopped.close()
+    assert not kept.engine.busy
+    turns = ("the cat sat on the mat and the dog ate the hat", first, "a dog")
+    second = answer(kept, *turns)
+    assert kept.engine.shared_tokens > 16
+    assert second == answer(LocalPartner(model, "trained", plain=False, drafts=False), *turns)
+    assert second != answer(kept, "the bird saw the cat")
+
+
 def talk(partner, lines: list[str], monkeypatch, settings: Settings = Settings()) -> tuple[str, str]:  # noqa: B008
     """A session of somebody who types these lines: what it said, and what the model wrote."""
     keys = iter(lines)
@@ -372,6 +398,17 @@ def test_events_may_be_cut_anywhere():
     assert list(events([stream + b"\n\n"])) == [*expected, ("", "lost")]
 
 
+def test_a_stream_that_never_says_anything_is_left(stub, chat, monkeypatch):
+    monkeypatch.setattr(client, "_QUIET", 0.2)
+    stub.slow = 1.0
+    code, _, said = chat(["hello"], stub.url)
+    assert (code, said) == (1, f"blockdiff: {stub.url}/v1: the connection broke off (timed out)\n")
+    monkeypatch.setattr(client, "_LONGEST", 100)
+    assert list(events([b"data: " + b"x" * 90, b"\n\n"])) == [("", "x" * 90)]
+    with pytest.raises(ConnectionError, match="a line without an end"):
+        list(events([b"data: " + b"x" * 99, b"\n\n"]))
+
+
 def test_chunks_may_be_cut_anywhere(stub, chat):
     whole = chat_chunk("één ") + b": keep-alive\n\n" + chat_chunk("東京") + chat_chunk(None, "stop") + DONE
     for size in (1, 7, len(whole)):
@@ -398,6 +435,12 @@ def test_a_server_is_sent_what_it_understands(stub, chat):
     stub.models = [OTHER, OURS]
     chat(["hello"], stub.url, "--model", "ours", "--seed", 5, "--max-new-tokens", 9, "--temperature", 0.5)
     assert stub.bodies[-1] == usual | {"model": "ours", "seed": 5, "max_tokens": 9, "temperature": 0.5}
+    chat(["hello"], stub.url, "--model", "unlisted")
+    assert stub.bodies[-1] == usual | {"model": "unlisted"}
+    stub.models = (500, b"")
+    chat(["hello"], stub.url, "--model", "unlisted")
+    assert stub.bodies[-1] == usual | {"model": "unlisted"}
+    stub.models = [OTHER, OURS]
     stub.replies = [[b'data: {"choices": [{"text": "a dog", "finish_reason": "stop"}]}\n\n']]
     chat(["hello", "you"], stub.url, "--model", "other", "--plain")
     assert [body.get("prompt") for body in stub.bodies[-2:]] == ["hello", "helloa dog\nyou"]
@@ -556,10 +599,11 @@ def served(*arguments: object) -> Iterator[str]:
     [
         ([OTHER, OURS], [], 2, "has 2 models; choose one with --model: other, ours"),
         ([], [], 2, "has 0 models"),
-        ([OTHER], ["--model", "othr"], 2, "--model othr: .* has other"),
         ((200, b"<html>"), [], 2, "no JSON; is this an OpenAI-compatible server"),
         ((200, ["x"]), [], 2, "lists no models"),
         ((401, {}), [], 2, "wants an API key"),
+        ((403, {}), [], 2, "refuses this"),
+        ((404, b""), [], 2, "does not list its models; name one with --model"),
         ((503, {}), [], 1, "is busy"),
         ([OURS | {"blockdiff": {"chat": False}}], [], 2, "no chat template.*--plain"),
         ([OTHER], ["--chat-template", "x"], 2, "the template is the server's"),

@@ -11,6 +11,7 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -47,44 +48,46 @@ class Client:
         self._opener = urllib.request.build_opener(_NoRedirect())
 
     def get(self, path: str) -> Any:
-        """The JSON at a path."""
-        with self._open(path, None, _QUICK) as response:
+        """The JSON at a path; None where the server has nothing there (404), or fails to say what (500)."""
+        with self._errors():
             try:
-                return json.loads(response.read(_LONGEST))
-            except ValueError:
-                raise ValueError(f"{self.base}{path}: sends no JSON; is this an OpenAI-compatible server?") from None
-            except http.client.HTTPException as error:
-                raise self._broken(error) from None
+                with self._opener.open(self._request(path), timeout=_QUICK) as response:
+                    body = response.read(_LONGEST)
+            except urllib.error.HTTPError as error:
+                if error.code not in (404, 500):
+                    raise
+                error.close()
+                return None
+        try:
+            return json.loads(body)
+        except ValueError:
+            raise ValueError(f"{self.base}{path}: sends no JSON; is this an OpenAI-compatible server?") from None
 
     def stream(self, path: str, body: Any) -> Generator[tuple[str, str]]:
         """Send JSON; yields the events (name, data) of the answer. Closing the generator closes the connection."""
-        with self._open(path, json.dumps(body).encode(), _QUIET) as response:
-            kind = response.headers.get_content_type()
-            if kind != "text/event-stream":
+        with self._errors(), self._opener.open(self._request(path, body), timeout=_QUIET) as response:
+            if (kind := response.headers.get_content_type()) != "text/event-stream":
                 raise ValueError(f"{self.base}{path}: answers with {one_line(kind)} and not with a stream of events")
-            try:
-                yield from events(iter(lambda: response.read1(1 << 16), b""))
-            except (http.client.HTTPException, OSError) as error:
-                raise self._broken(error) from None
+            yield from events(iter(lambda: response.read1(1 << 16), b""))
 
-    def _open(self, path: str, body: bytes | None, quiet: float) -> http.client.HTTPResponse:
+    def _request(self, path: str, body: Any = None) -> urllib.request.Request:
         headers = {"Accept": "application/json" if body is None else "text/event-stream"}
         headers |= {} if body is None else {"Content-Type": "application/json"}
         headers |= {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
-        request = urllib.request.Request(self.base + path, body, headers)
+        return urllib.request.Request(self.base + path, None if body is None else json.dumps(body).encode(), headers)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """What goes wrong inside, as one line."""
         try:
-            response: http.client.HTTPResponse = self._opener.open(request, timeout=quiet)
-            return response
+            yield
         except urllib.error.HTTPError as error:
             with error:
                 raise self._refused(error) from None
         except urllib.error.URLError as error:
             raise ConnectionError(f"{self.base}: no server answers there ({_reason(error.reason)})") from None
         except (http.client.HTTPException, OSError) as error:
-            raise self._broken(error) from None
-
-    def _broken(self, error: Exception) -> OSError:
-        return ConnectionError(f"{self.base}: the connection broke off ({_reason(error)})")
+            raise ConnectionError(f"{self.base}: the connection broke off ({_reason(error)})") from None
 
     def _refused(self, error: urllib.error.HTTPError) -> Exception:
         try:
@@ -93,7 +96,7 @@ class Client:
             body = b""
         said = message_of(body)
         told = f"{error.code}: {said}" if said else str(error.code)
-        if error.code in (401, 403):
+        if error.code == 401:
             return ValueError(
                 f"{self.base} wants an API key that it knows ({told}); give --api-key or BLOCKDIFF_API_KEY"
             )

@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 
 from blockdiff.api import Model
@@ -15,7 +16,7 @@ from blockdiff.chat.partner import Draft, End, Event, Text, full
 from blockdiff.decode import Policy, Sampling, changed, named
 from blockdiff.engine.checks import check
 from blockdiff.engine.engine import Engine
-from blockdiff.engine.limits import Limits, limits_for
+from blockdiff.engine.limits import Limits, slots_of
 from blockdiff.engine.network import prepared
 from blockdiff.engine.request import Request, Step
 from blockdiff.engine.stream import pieces
@@ -26,6 +27,7 @@ class LocalPartner:
 
     def __init__(self, model: Model, name: str, *, plain: bool, drafts: bool) -> None:
         self.model, self.name, self.plain, self.drafts = model, name, plain, drafts
+        self.engine: Engine | None = None
         self.context: int | None = model.context_length if model.context_length < 1 << 30 else None
 
     def check(self, settings: Settings) -> None:
@@ -37,7 +39,7 @@ class LocalPartner:
         if self.context is not None and len(prompt) >= self.context:
             raise ValueError(full(len(prompt), self.context))
         request = self._request(prompt, settings)
-        engine = Engine(self.model, limits_for(self.model, [request], Limits()))
+        engine = self._engine_for(request)
         told: deque[Event] = deque()
 
         def on_step(step: Step) -> None:
@@ -45,11 +47,15 @@ class LocalPartner:
 
         with prepared(self.model):
             job = engine.add(request, lambda piece: told.append(Text(piece)), on_step if self.drafts else None)
-            while engine.busy:
-                with _undisturbed():
-                    engine.step()
-                while told:
-                    yield told.popleft()
+            try:
+                while engine.busy:
+                    with _undisturbed():
+                        engine.step()
+                    while told:
+                        yield told.popleft()
+            finally:
+                if job.output is None:
+                    engine.cancel(job)
         output = job.output
         assert output is not None
         cut = output.finish_reason == "length"
@@ -57,6 +63,14 @@ class LocalPartner:
         yield End(
             len(output.tokens), output.forwards, cut=cut and not spent, full=cut and spent, notes=self._notes(request)
         )
+
+    def _engine_for(self, request: Request) -> Engine:
+        """The engine of the answers before, which still holds what was said, while it has room for this one too."""
+        limits = Limits()
+        pages = -(-slots_of(self.model, request, limits) // limits.page_size)
+        if self.engine is None or self.engine.limits.pages < pages:
+            self.engine = Engine(self.model, replace(limits, pages=2 * pages))
+        return self.engine
 
     def _prompt(self, conversation: Conversation) -> tuple[int, ...]:
         if self.plain:

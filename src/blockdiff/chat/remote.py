@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Generator
 from contextlib import closing
@@ -133,16 +132,15 @@ class _Reading:
 def _entry(client: Client, name: str | None) -> dict[str, Any]:
     """The server's own words about the model that is meant."""
     listed = client.get("/models")
+    if listed is None and name is None:
+        raise ValueError(f"{client.base} does not list its models; name one with --model, or is the address wrong?")
     try:
-        models = {str(entry["id"]): dict(entry) for entry in listed["data"]}
+        models = {} if listed is None else {str(entry["id"]): dict(entry) for entry in listed["data"]}
     except (TypeError, KeyError, ValueError):
         raise ValueError(f"{client.base}/models: lists no models; is this an OpenAI-compatible server?") from None
-    shown = one_line(", ".join(models))
     if name is None:
         if len(models) != 1:
+            shown = one_line(", ".join(models))
             raise ValueError(f"{client.base} has {len(models)} models; choose one with --model: {shown}")
         return next(iter(models.values()))
-    if name not in models:
-        near = difflib.get_close_matches(name, models, n=1)
-        raise ValueError(f"--model {name}: {client.base} has {one_line(near[0]) if near else shown}")
-    return models[name]
+    return models.get(name, {"id": name})  # not every server lists all that it has: it will say so itself

@@ -26,6 +26,8 @@ HELP = """\
 Ctrl-C             stops an answer; what is there stays
 //...              sends a line that begins with /"""
 
+_NO_TEXT = "the input is not text: it holds bytes that are no Unicode; give UTF-8"
+
 
 class Session:
     """interactive: somebody types, so that errors are said and the conversation goes on; else they end it."""
@@ -58,20 +60,21 @@ class Session:
         """The next line; None at the end."""
         try:
             line = input("> ") if self.interactive else sys.stdin.readline()
-            line.encode()
         except (EOFError, KeyboardInterrupt):
             if not self.interactive:
                 raise
             self.screen.err.print()
             return None
-        except UnicodeError:
-            raise ValueError("the input is not text: it holds bytes that are no Unicode; give UTF-8") from None
+        except UnicodeDecodeError:
+            raise ValueError(_NO_TEXT) from None
         if not line and not self.interactive:
             return None
         return line.rstrip("\r\n")
 
     def _take(self, line: str) -> bool:
         """Obey or answer a line; False where it ends the session."""
+        if any("\ud800" <= character <= "\udfff" for character in line):  # what bytes are read as that are no UTF-8
+            raise ValueError(_NO_TEXT)
         if line.startswith("/") and not line.startswith("//"):
             name, _, rest = line.strip().partition(" ")
             if name == "/exit":
