@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections import deque
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 from dataclasses import replace
 from itertools import groupby
 
 from blockdiff.api import Model
 from blockdiff.chat.conversation import Conversation, Settings
+from blockdiff.chat.interrupts import undisturbed
 from blockdiff.chat.partner import Draft, End, Event, Text, full
 from blockdiff.decode import Policy, Sampling, changed, named
 from blockdiff.engine.checks import check
@@ -49,7 +47,7 @@ class LocalPartner:
             job = engine.add(request, lambda piece: told.append(Text(piece)), on_step if self.drafts else None)
             try:
                 while engine.busy:
-                    with _undisturbed():
+                    with undisturbed():  # torch would make a RuntimeError of Ctrl-C, or leave the pass half done
                         engine.step()
                     while told:
                         yield told.popleft()
@@ -121,22 +119,6 @@ class LocalPartner:
             known = [token for token in same if token is not None]
             shown.extend([None] * len(same) if masked else pieces(tokenizer, prompt[-1:], known))
         return tuple(shown)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Hold Ctrl-C back until the end of a pass: torch would make a RuntimeError of it, or leave the pass half done."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        raise KeyboardInterrupt
 
 
 def _policy(settings: Settings) -> Policy:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text as RichText
 
+from blockdiff.chat.interrupts import undisturbed
 from blockdiff.chat.printable import printable
 
 MASK = "░"
@@ -82,26 +83,28 @@ class LiveDrawing:
         self._drawn = 0.0
 
     def __enter__(self) -> LiveDrawing:
-        self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._live.stop()
-        if self._row:
-            self._console.print(RichText(self._row))
+        with undisturbed():
+            self._live.stop()
+            if self._row:
+                self._console.print(RichText(self._row))
 
     def text(self, piece: str) -> None:
-        self._draft = ()
-        self._row += printable(piece).replace("\t", "    ")
-        settled = []
-        while (end := row_end(self._row, self._console.width)) is not None:
-            settled.append(self._row[:end].rstrip())
-            self._row = self._row[end:]
-        if settled:
-            self._live.update(self._shown())
-            self._console.print(RichText("\n".join(settled)))  # draws what is live anew below itself
-        else:
-            self._refresh()
+        with undisturbed():
+            self._draft = ()
+            self._row += printable(piece).replace("\t", "    ")
+            settled = []
+            while (end := row_end(self._row, self._console.width)) is not None:
+                settled.append(self._row[:end].rstrip())
+                self._row = self._row[end:]
+            if settled:
+                self._live.start()
+                self._live.update(self._shown())
+                self._console.print(RichText("\n".join(settled)))  # draws what is live anew below itself
+            else:
+                self._refresh()
 
     def draft(self, tokens: tuple[str | None, ...]) -> None:
         self._draft = tokens
@@ -109,7 +112,9 @@ class LiveDrawing:
 
     def _refresh(self) -> None:
         if time.perf_counter() - self._drawn >= _PAUSE:
-            self._live.update(self._shown(), refresh=True)
+            with undisturbed():
+                self._live.start()
+                self._live.update(self._shown(), refresh=True)
             self._drawn = time.perf_counter()
 
     def _shown(self) -> RichText:

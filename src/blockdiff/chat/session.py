@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from contextlib import closing, suppress
@@ -26,6 +27,7 @@ HELP = """\
 Ctrl-C             stops an answer; what is there stays
 //...              sends a line that begins with /"""
 
+_LATE = 1.0  # seconds after an answer in which Ctrl-C is still meant for it, and does not end the session
 _NO_TEXT = "the input is not text: it holds bytes that are no Unicode; give UTF-8"
 
 
@@ -38,6 +40,7 @@ class Session:
         self.partner, self.screen, self.interactive = partner, screen, interactive
         self.conversation, self.settings = conversation, settings
         self._warned = False  # of these settings
+        self._answered = -math.inf
 
     def run(self) -> None:
         """Until /exit or the end of the input. Where nobody types: raises ValueError and OSError as they come."""
@@ -51,6 +54,7 @@ class Session:
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise
+                self.screen.say("stopped")
             except (ValueError, OSError) as error:
                 if not self.interactive:
                     raise
@@ -59,17 +63,25 @@ class Session:
     def _read(self) -> str | None:
         """The next line; None at the end."""
         try:
-            line = input("> ") if self.interactive else sys.stdin.readline()
-        except (EOFError, KeyboardInterrupt):
-            if not self.interactive:
-                raise
-            self.screen.err.print()
-            return None
+            if self.interactive:
+                return self._typed()
+            line = sys.stdin.readline()
         except UnicodeDecodeError:
             raise ValueError(_NO_TEXT) from None
-        if not line and not self.interactive:
-            return None
-        return line.rstrip("\r\n")
+        return line.rstrip("\r\n") if line else None
+
+    def _typed(self) -> str | None:
+        while True:
+            try:
+                return input("> ")
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                if time.perf_counter() - self._answered > _LATE:
+                    break
+                self.screen.err.print()
+        self.screen.err.print()
+        return None
 
     def _take(self, line: str) -> bool:
         """Obey or answer a line; False where it ends the session."""
@@ -106,6 +118,7 @@ class Session:
                 raise
             self.screen.say("stopped" if written else "stopped before any text: the message is taken back")
         finally:
+            self._answered = time.perf_counter()
             if written or end is not None:
                 self.conversation = asked.with_turn("".join(written))
         if end is not None:
