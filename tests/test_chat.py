@@ -10,13 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from rich.console import Console
+from serving import serving
 from stub import DONE, OTHER, OURS, Stub, chat_chunk
 from terminal import Terminal
 from test_cli import run
@@ -32,7 +32,7 @@ TEMPLATE = "<|begin|>{% for m in messages %}{{ m.role }} says {{ m.content }} {%
 
 
 @pytest.fixture
-def template(tmp_path: Path) -> Path:
+def own_template(tmp_path: Path) -> Path:
     file = tmp_path / "template.jinja"
     file.write_text(TEMPLATE)
     return file
@@ -70,9 +70,9 @@ def endless(trained, tmp_path: Path) -> Path:
 # ---- a model of this machine
 
 
-def test_a_pipe_is_answered_line_by_line(trained, template):
+def test_a_pipe_is_answered_line_by_line(trained, own_template):
     """A process of its own: answers alone on standard output, each the engine's own for the conversation so far."""
-    arguments = ["--chat-template", template, "--max-new-tokens", "12", "--temperature", "1", "--seed", "3"]
+    arguments = ["--chat-template", own_template, "--max-new-tokens", "12", "--temperature", "1", "--seed", "3"]
     command = [sys.executable, "-m", "blockdiff", "chat", trained / "checkpoint", *arguments]
     done = subprocess.run(command, input="the cat\na dog\n", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -91,8 +91,8 @@ def test_a_pipe_is_answered_line_by_line(trained, template):
     )
 
 
-def test_what_was_said_counts_until_it_is_cleared(trained, template, chat):
-    base = [trained / "checkpoint", "--chat-template", template, "--max-new-tokens", 12, "--temperature", 1]
+def test_what_was_said_counts_until_it_is_cleared(trained, own_template, chat):
+    base = [trained / "checkpoint", "--chat-template", own_template, "--max-new-tokens", 12, "--temperature", 1]
     code, out, _ = chat(["the cat", "/clear", "the cat", "the cat"], *base)
     first, again, third = out.splitlines()
     assert code == 0
@@ -145,9 +145,9 @@ def test_plain_text_is_continued(trained, chat):
     assert chat(["//x"], *arguments)[1] == printable(more("/x")) + "\n"
 
 
-def test_a_conversation_is_saved_once(trained, template, tmp_path, chat):
+def test_a_conversation_is_saved_once(trained, own_template, tmp_path, chat):
     target = tmp_path / "new" / "talk.json"
-    base = [trained / "checkpoint", "--chat-template", template, "--max-new-tokens", 6]
+    base = [trained / "checkpoint", "--chat-template", own_template, "--max-new-tokens", 6]
     code, out, said = chat(["/system be brief", "the cat", f"/save {target}"], *base, "--api-key", "s3cret")
     assert code == 0
     saved = json.loads(target.read_text())
@@ -194,14 +194,14 @@ def test_what_cannot_be_is_one_line(trained, chat, lines, arguments, words):
     assert said.count("\n") == 1
 
 
-def test_a_broken_template_is_told_before_the_first_line(trained, template, chat):
-    template.write_text("{% for m in messages %}")
-    code, out, said = chat(["the cat"], trained / "checkpoint", "--chat-template", template)
+def test_a_broken_template_is_told_before_the_first_line(trained, own_template, chat):
+    own_template.write_text("{% for m in messages %}")
+    code, out, said = chat(["the cat"], trained / "checkpoint", "--chat-template", own_template)
     assert (code, out) == (2, "")
     assert "chat template" in said
 
 
-def test_a_full_context_loses_nothing(trained, template, tmp_path, monkeypatch):
+def test_a_full_context_loses_nothing(trained, tmp_path, monkeypatch):
     """Told where it happens; what was said can be saved, and a cleared conversation goes on."""
     from blockdiff.chat.local import LocalPartner
 
@@ -271,8 +271,8 @@ def terminal() -> Iterator[list[Terminal]]:
         one.close()
 
 
-def test_blocks_are_seen_while_they_fill(trained, template, terminal):
-    arguments = ["--chat-template", template, "--max-new-tokens", 8, "--block-size", 4, "--policy", "fixed_count"]
+def test_blocks_are_seen_while_they_fill(trained, own_template, terminal):
+    arguments = ["--chat-template", own_template, "--max-new-tokens", 8, "--block-size", 4, "--policy", "fixed_count"]
     at = Terminal("chat", trained / "checkpoint", *arguments)
     terminal.append(at)
     assert "context of 128 tokens" in at.expect("> ")
@@ -548,53 +548,38 @@ def test_an_answer_takes_what_room_there_is(stub, chat):
     assert [body.get("max_tokens") for body in stub.bodies[2:]] == [40, 20, 10]
 
 
-def test_our_own_server_writes_what_the_model_here_writes(trained, template, chat, terminal):
+def test_our_own_server_writes_what_the_model_here_writes(trained, template, server, chat, terminal):
     """Same model, same seed: chat and plain text, in small and in lossless blocks; another seed differs."""
-    options = ["--temperature", 1, "--seed", 3, "--block-size", 4, "--chat-template", template]
-    with served(trained / "checkpoint", "--chat-template", template) as url:
-        for extra in ([], ["--lossless"], ["--threshold", 0.3], ["--max-new-tokens", 9]):
-            lines = ["the cat", "a dog"]
-            here = chat(lines, trained / "checkpoint", *options, *extra)
-            there = chat(lines, url, *options[:6], *extra)
-            assert (here[0], there[:2]) == (0, here[:2])
-            counted = r"^\d+ tokens" if "--lossless" in extra else r"^\d+ tokens, \d+ forwards"
-            assert re.findall(counted, there[2], re.M) == re.findall(counted, here[2], re.M)
-            assert chat(lines, url, *options[:6], *extra, "--seed", 4)[1] != here[1]
-        short = ["--plain", "--max-new-tokens", 9, *options[:6]]
-        assert chat(["the cat", ""], url, *short)[1] == chat(["the cat", ""], trained / "checkpoint", *short)[1]
-        code, _, said = chat(["a dog " * 60], url)
-        assert (code, "/clear begins anew" in said) == (2, True)
-        at = Terminal("chat", url, "--block-size", 4, "--policy", "fixed_count")
-        terminal.append(at)
-        at.expect("> ")
-        at.send("the cat\r")
-        assert "░░░" in at.expect("tokens/s")
+    options, lines = ["--temperature", 1, "--seed", 3, "--block-size", 4], ["the cat", "a dog"]
+    here = [trained / "checkpoint", "--chat-template", template, *options]
+    for extra in ([], ["--lossless"], ["--threshold", 0.3], ["--max-new-tokens", 9]):
+        code, written, said = chat(lines, *here, *extra)
+        there = chat(lines, server.url, *options, *extra)
+        assert (code, there[:2]) == (0, (0, written))
+        counted = r"^\d+ tokens" if "--lossless" in extra else r"^\d+ tokens, \d+ forwards"
+        assert re.findall(counted, there[2], re.M) == re.findall(counted, said, re.M)
+        assert chat(lines, server.url, *options, *extra, "--seed", 4)[1] != written
+    plain = ["--plain", "--max-new-tokens", 9]
+    assert chat(["the cat", ""], server.url, *options, *plain)[1] == chat(["the cat", ""], *here, *plain)[1]
+    code, _, said = chat(["a dog " * 60], server.url)
+    assert (code, "/clear begins anew" in said) == (2, True)
+    at = Terminal("chat", server.url, "--block-size", 4, "--policy", "fixed_count")
+    terminal.append(at)
+    at.expect("> ")
+    at.send("the cat\r")
+    assert "░░░" in at.expect("tokens/s")
 
 
-def test_our_own_server_asks_for_its_key(trained, chat):
-    with served(trained / "checkpoint", "--api-key", "right") as url:
-        assert chat(["the"], url, "--plain", "--api-key", "right")[0] == 0
+def test_our_own_server_asks_for_its_key(trained, tmp_path, chat):
+    with serving(trained / "checkpoint", tmp_path, BLOCKDIFF_API_KEY="right") as server:
+        assert chat(["the"], server.url, "--plain", "--api-key", "right")[0] == 0
         for wrong in ([], ["--api-key", "wrong"]):
-            code, out, said = chat(["the"], url, "--plain", *wrong)
+            code, out, said = chat(["the"], server.url, "--plain", *wrong)
             assert (code, out, said.count("\n")) == (2, "", 1)
             assert "wants an API key" in said
-        code, _, said = chat(["the"], url, "--api-key", "right")
+        code, _, said = chat(["the"], server.url, "--api-key", "right")
         assert code == 2
         assert "no chat template" in said
-
-
-@contextmanager
-def served(*arguments: object) -> Iterator[str]:
-    """`blockdiff serve` in a process of its own: its address."""
-    command = [sys.executable, "-m", "blockdiff", "serve", *map(str, arguments), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            address = re.search(r"http://\S+", process.stdout.readline())
-            assert address
-            yield address[0]
-        finally:
-            process.terminate()
-            process.wait(30)
 
 
 @pytest.mark.parametrize(
