@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from blockdiff import cli_bench, cli_data, cli_evaluate, cli_experiment, cli_generate, cli_serve, cli_tasks
+from blockdiff import cli_bench, cli_chat, cli_data, cli_evaluate, cli_experiment, cli_generate, cli_serve, cli_tasks
 from blockdiff.cli_options import Changes, JsonFile, Seed, err, out, write_result
 
 app = typer.Typer(
@@ -97,6 +97,7 @@ app.command()(cli_generate.generate)
 app.command()(cli_generate.infill)
 app.command()(cli_generate.policies)
 app.command()(cli_serve.serve)
+app.command()(cli_chat.chat)
 cli_evaluate.evaluations.command("tasks")(cli_tasks.eval_tasks)
 cli_evaluate.evaluations.command("variance")(cli_experiment.eval_variance)
 
