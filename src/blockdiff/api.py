@@ -68,20 +68,15 @@ class Model(BlockDiffusionModel):
         continuation must match. `on_text(number, piece)` receives final text only. Raises ValueError for what the model
         cannot do.
         """
-        request = Request(
-            prompt=(0,),
+        request = self.request(
             max_new_tokens=max_new_tokens,
-            block_size=self.spec.default_block_size if block_size is None else block_size,
-            policy=_policy(policy, lossless),
+            block_size=block_size,
+            policy=policy,
             sampling=sampling,
             stop=tuple(stop),
-            end_ids=self.end_ids,
             lossless=lossless,
-            drafting="auto" if lossless and policy is None else "policy",
-            adaptive=lossless,
             stepwise=stepwise,
             max_forwards=max_forwards,
-            forbidden=self.control_ids,
             constraint=self.constraint(regex, json_schema),
         )
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -89,6 +84,29 @@ class Model(BlockDiffusionModel):
             replace(request, prompt=tuple(self.encode(text)), seed=seed + number) for number, text in enumerate(texts)
         ]
         return generate(self, requests, on_text=on_text, on_step=on_step)
+
+    def request(
+        self,
+        prompt: tuple[int, ...] = (0,),
+        *,
+        block_size: int | None = None,
+        policy: Policy | str | None = None,
+        lossless: bool = False,
+        **fields: Any,
+    ) -> Request:
+        """What `generate` asks the engine for: a request with this model's block size, policy and end unless told
+        otherwise, and what a lossless one drafts with. fields: others of `Request`."""
+        return Request(
+            prompt=prompt,
+            block_size=self.spec.default_block_size if block_size is None else block_size,
+            policy=_policy(policy, lossless),
+            end_ids=self.end_ids,
+            lossless=lossless,
+            drafting="auto" if lossless and policy is None else "policy",
+            adaptive=lossless,
+            forbidden=self.control_ids,
+            **fields,
+        )
 
     def infill(
         self,
@@ -177,6 +195,15 @@ class Model(BlockDiffusionModel):
             max_new_tokens=max_new_tokens,
             policy=named(policy) if isinstance(policy, str) else policy,
         )
+
+    def uncovered(self, request: Request) -> str | None:
+        """What training does not cover of a request, in a sentence; None where it covers all, or nothing is known."""
+        if not self.spec.is_diffusion or not self.spec.trained_length:
+            return None
+        size = 1 if request.lossless else request.block_size  # a draft that is not covered costs speed, not text
+        tokens = min(request.max_new_tokens, self.context_length - len(request.prompt))
+        found = self.coverage(len(request.prompt), max_new_tokens=tokens, block_size=size, policy=request.policy)
+        return found.problem
 
     def encode(self, text: str) -> list[int]:
         """The prompt's tokens, as training made them: with the beginning token where the tokenizer adds one."""

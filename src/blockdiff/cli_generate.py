@@ -239,11 +239,10 @@ def _check_coverage(
         if found.order_sentence:
             _warn(f"covered by training, but {found.order_sentence}")
         return
-    worst = found.worst
-    problem = f"not covered by training ({worst.kind}, {worst.share:.0%} of the calls): {worst.sentence}"
+    assert found.problem is not None
     if strict:
-        raise ValueError(f"{problem}; see `blockdiff eval coverage`, or leave --strict-coverage out")
-    _warn(problem)
+        raise ValueError(f"{found.problem}; see `blockdiff eval coverage`, or leave --strict-coverage out")
+    _warn(found.problem)
 
 
 def _warn(problem: str) -> None:

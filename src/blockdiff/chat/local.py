@@ -57,10 +57,10 @@ class LocalPartner:
         output = job.output
         assert output is not None
         cut = output.finish_reason == "length"
+        problem = self.model.uncovered(request)
         spent = self.context is not None and len(prompt) + len(output.tokens) >= self.context
-        yield End(
-            len(output.tokens), output.forwards, cut=cut and not spent, full=cut and spent, notes=self._notes(request)
-        )
+        notes = (problem,) if problem else ()
+        yield End(len(output.tokens), output.forwards, cut=cut and not spent, full=cut and spent, notes=notes)
 
     def _engine_for(self, request: Request) -> Engine:
         """The engine of the answers before, which still holds what was said, while it has room for this one too."""
@@ -76,38 +76,16 @@ class LocalPartner:
         return tuple(self.model.encode_chat(conversation.messages))
 
     def _request(self, prompt: tuple[int, ...], settings: Settings) -> Request:
-        """As `Model.generate` asks for it."""
-        size, lossless = settings.block_size, settings.lossless
         chosen = settings.policy is not None or settings.threshold is not None
-        return Request(
-            prompt=prompt,
+        return self.model.request(
+            prompt,
+            block_size=settings.block_size,
+            policy=_policy(settings) if chosen else None,
+            lossless=settings.lossless,
             max_new_tokens=settings.max_new_tokens,
-            block_size=self.model.spec.default_block_size if size is None else size,
-            policy=_policy(settings) if chosen else named("one_step" if lossless else "threshold"),
             sampling=Sampling(settings.temperature),
             seed=settings.seed,
-            end_ids=self.model.end_ids,
-            lossless=lossless,
-            drafting="auto" if lossless and not chosen else "policy",
-            adaptive=lossless,
-            forbidden=self.model.control_ids,
         )
-
-    def _notes(self, request: Request) -> tuple[str, ...]:
-        """What training does not cover of a request."""
-        spec = self.model.spec
-        if not spec.is_diffusion or not spec.trained_length:
-            return ()
-        found = self.model.coverage(
-            len(request.prompt),
-            max_new_tokens=min(request.max_new_tokens, self.model.context_length - len(request.prompt)),
-            block_size=1 if request.lossless else request.block_size,  # such a draft costs speed, not text
-            policy=request.policy,
-        )
-        if found.covered:
-            return ()
-        worst = found.worst
-        return (f"not covered by training ({worst.kind}, {worst.share:.0%} of the calls): {worst.sentence}",)
 
     def _draft(self, prompt: tuple[int, ...], tokens: tuple[int | None, ...]) -> tuple[str | None, ...]:
         """Each token's text, decoded with its neighbours: a character may need several, a space one before it."""

@@ -78,6 +78,14 @@ class Coverage:
         """The kind of violation with the most calls; only where something is uncovered."""
         return max(self.violations, key=lambda violation: violation.calls)
 
+    @property
+    def problem(self) -> str | None:
+        """What is not covered, in a sentence; None where all is."""
+        if self.covered:
+            return None
+        worst = self.worst
+        return f"not covered by training ({worst.kind}, {worst.share:.0%} of the calls): {worst.sentence}"
+
     def excess_risk_bound(self, excess_under_mu: float) -> float:
         """Largest excess risk under pi of a model with this one under mu; infinite where something is uncovered.
 

@@ -84,7 +84,7 @@ class Clerk:
         self.model, self.engine, self.settings = model, engine, settings
         self.block_sizes = block_sizes(model, settings)
         self._lock = threading.Lock()
-        self._uncovered = lru_cache(1024)(self._coverage_problem)
+        self._uncovered = lru_cache(1024)(model.uncovered)
 
     # ---- the two kinds of bodies
 
@@ -175,17 +175,12 @@ class Clerk:
             raise Refused(text, "diffusion.block_size")
         seed = secrets.randbits(48) if body.seed is None else body.seed
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-        template = Request(
-            prompt=(0,),
+        template = self.model.request(
             block_size=size,
             policy=policy,
+            lossless=options.lossless,
             sampling=self._sampling(body),
             stop=stop,
-            end_ids=self.model.end_ids,
-            lossless=options.lossless,
-            drafting="auto" if options.lossless and options.policy is None else "policy",
-            adaptive=options.lossless,
-            forbidden=self.model.control_ids,
             max_forwards=options.max_forwards or 0,
         )
         requests, warnings = [], []
@@ -199,7 +194,7 @@ class Clerk:
             requests=tuple(requests),
             chat=chat,
             leads=tuple(lead for lead in leads for _ in range(n)),
-            named=options.policy or ("fastest" if options.lossless else "threshold"),
+            named=str(policy or ("the fastest" if options.lossless else "threshold")),
             log_probabilities=log_probabilities,
             drafts=options.stream_drafts,
             stream=bool(body.stream),
@@ -207,11 +202,14 @@ class Clerk:
             warnings=tuple(dict.fromkeys(warnings)),
         )
 
-    def _policy(self, body: CompletionBody | ChatBody) -> Policy:
+    @staticmethod
+    def _policy(body: CompletionBody | ChatBody) -> Policy | None:
+        """The policy that is asked for; None where none is, and the model takes its own."""
         options = body.options
-        name = options.policy or ("one_step" if options.lossless and options.threshold is None else "threshold")
+        if options.policy is None and options.threshold is None:
+            return None
         try:
-            policy = named(name)
+            policy = named(options.policy or "threshold")
         except (ValueError, RecursionError, MemoryError) as error:
             raise Refused(str(error) or "policy: too deep", "diffusion.policy") from error
         try:
@@ -242,21 +240,10 @@ class Clerk:
 
     def _covered(self, request: Request) -> str | None:
         """What training does not cover of it: a warning, or a refusal where that is strict."""
-        size = 1 if request.lossless else request.block_size  # a draft that is not covered costs speed, not text
-        problem: str | None = self._uncovered(len(request.prompt), request.max_new_tokens, size, request.policy)
+        problem: str | None = self._uncovered(_alike(request))
         if problem is not None and self.settings.strict_coverage:
             raise Refused(problem, "diffusion.block_size", code="not_covered")
         return problem
-
-    def _coverage_problem(self, prompt: int, tokens: int, size: int, policy: Policy) -> str | None:
-        spec = self.model.spec
-        if not spec.is_diffusion or not spec.trained_length:
-            return None
-        found = self.model.coverage(prompt, max_new_tokens=tokens, block_size=size, policy=policy)
-        if found.covered:
-            return None
-        worst = found.worst
-        return f"not covered by training ({worst.kind}, {worst.share:.0%} of the calls): {worst.sentence}"
 
     @staticmethod
     def _about(param: str, call: Any, *args: Any) -> Any:
@@ -295,6 +282,11 @@ def _with_generation_config(body: ChatBody) -> ChatBody:
         return ChatBody.model_validate(tree)
     except ValueError as error:
         raise Refused(f"{name}: a value in it is out of range", name) from error
+
+
+def _alike(request: Request) -> Request:
+    """The request without what coverage does not depend on."""
+    return replace(request, prompt=(0,) * len(request.prompt), sampling=Sampling(), seed=0, stop=())
 
 
 def _role(name: str) -> str:
