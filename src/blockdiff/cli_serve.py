@@ -35,6 +35,9 @@ def serve(
     waiting: Annotated[int, typer.Option(help="Texts that may wait; more are told to come back (429).", min=0)] = 256,
     timeout: Annotated[float, typer.Option(help="Seconds after which a request ends with what it has.")] = 300.0,
     grace: Annotated[float, typer.Option(help="Seconds for running requests when the server stops.")] = 20.0,
+    threads: Annotated[
+        int, typer.Option(help="Threads of a pass; 0: one or all processors, whichever is faster.", min=0)
+    ] = 0,
     keep_alive: Annotated[float, typer.Option(help="Seconds between comments in a silent stream.")] = 15.0,
     body_timeout: Annotated[float, typer.Option(help="Seconds for a request's body to arrive.")] = 20.0,
     cache_tokens: Annotated[
@@ -67,6 +70,7 @@ def serve(
         api_keys=tuple(api_key or ()),
         max_tokens=max_tokens,
         largest_block=largest_block,
+        threads=threads,
         running=running,
         waiting=waiting,
         timeout=timeout,

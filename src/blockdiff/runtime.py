@@ -17,11 +17,15 @@ import torch
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's names for `mallopt`
 
 
+def available_processors() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def use_available_threads() -> int:
     """Let torch use the processors this process may run on (OMP_NUM_THREADS, where set, wins); returns their number."""
     if "OMP_NUM_THREADS" not in os.environ:
-        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(available)
+        torch.set_num_threads(available_processors())
     return torch.get_num_threads()
 
 

@@ -69,7 +69,7 @@ class Application(FastAPI):
 
     def __init__(self, model: Model, settings: Settings, limits: Limits) -> None:
         self.settings = settings
-        self.worker = Worker(lambda: Engine(model, limits))
+        self.worker = Worker(lambda: Engine(model, limits), settings.threads)
         self.desk = Desk(self.worker, settings, Metrics(self.worker))
         self.clerk = Clerk(model, self.worker.engine, settings)
         self.about = capabilities(model, self.worker.engine, settings)

@@ -14,18 +14,19 @@ _MEMORY_SHARE = 0.25  # of the free memory, for keys and values
 class Settings:
     """name: of the model, in requests and answers; api_keys: any of them is accepted, none are asked for where empty;
     max_tokens: of one text (0: the model's context); largest_block: block size (0: the largest that training had);
-    choices: texts of one request; running, waiting: texts served at once, and beyond them; timeout: seconds for a
-    request, from its last byte to its last token; body_bytes, body_seconds: of a request's body; send_seconds: after
-    which a client that does not read is dropped; keep_alive: seconds between comments in a silent stream; grace:
-    seconds for running requests after a stop; hosts: names that the Host header may have (empty: any); origins: of
-    other sites' pages that may call (CORS); strict_coverage: refuse what training does not cover; log_prompts: whether
-    prompts and texts go into the log."""
+    choices: texts of one request; threads: of a pass (0: one or all processors, whichever is faster); running, waiting:
+    texts served at once, and beyond them; timeout: seconds for a request, from its last byte to its last token;
+    body_bytes, body_seconds: of a request's body; send_seconds: after which a client that does not read is dropped;
+    keep_alive: seconds between comments in a silent stream; grace: seconds for running requests after a stop; hosts:
+    names that the Host header may have (empty: any); origins: of other sites' pages that may call (CORS);
+    strict_coverage: refuse what training does not cover; log_prompts: whether prompts and texts go into the log."""
 
     name: str
     api_keys: tuple[str, ...] = ()
     max_tokens: int = 0
     largest_block: int = 0
     choices: int = 16
+    threads: int = 0
     running: int = 64
     waiting: int = 256
     timeout: float = 300.0
@@ -48,7 +49,7 @@ class Settings:
         for name in ("choices", "running", "body_bytes", "timeout", "body_seconds", "send_seconds", "keep_alive"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"serve: {name} is {getattr(self, name)}; give a number above 0")
-        if min(self.max_tokens, self.largest_block, self.waiting, self.grace) < 0:
+        if min(self.max_tokens, self.threads, self.largest_block, self.waiting, self.grace) < 0:
             raise ValueError("serve: max_tokens, waiting and grace cannot be negative")
 
 

@@ -19,6 +19,7 @@ from blockdiff.decode.pieces import PieceReader
 from blockdiff.engine import Engine, Job, Output, Request, Step
 from blockdiff.engine.network import prepared
 from blockdiff.engine.stream import TextStream
+from blockdiff.serve.warming import warm_up
 
 log = logging.getLogger("blockdiff.serve")
 _STATS_SECONDS = 0.25
@@ -99,9 +100,10 @@ class Ticket:
 
 
 class Worker:
-    """Runs the engine of a model until it is stopped."""
+    """Runs the engine of a model until it is stopped. threads: of a pass (0: what is faster)."""
 
-    def __init__(self, make_engine: Callable[[], Engine]) -> None:
+    def __init__(self, make_engine: Callable[[], Engine], threads: int = 0) -> None:
+        self._threads = threads
         self._make = make_engine
         self.engine = make_engine()
         self.stats = Stats()
@@ -150,7 +152,7 @@ class Worker:
 
     def _run(self) -> None:
         with prepared(self.engine.model):
-            self._warm_up()
+            log.info("%d threads", warm_up(self.engine, self._threads))
             while not self._stopped:
                 if not self.engine.busy:
                     self._send()
@@ -162,15 +164,6 @@ class Worker:
                     self._step()
                 self._send()
                 self._count()
-
-    def _warm_up(self) -> None:
-        """Write a few tokens, so that the first request does not pay for what is made at first use."""
-        model = self.engine.model
-        size = model.spec.default_block_size
-        room = max(min(2 * size, model.context_length - 1), 1)
-        self.engine.add(Request(prompt=(model.end_ids or (0,))[:1], max_new_tokens=room, block_size=size))
-        while self.engine.busy:
-            self.engine.step()
 
     def _step(self) -> None:
         try:
