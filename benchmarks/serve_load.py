@@ -48,16 +48,21 @@ class Phase:
     different: list[dict[str, Any]] = field(default_factory=list)
 
 
-def catalogue(count: int, sizes: list[int], seed: int) -> list[dict[str, Any]]:
-    """Requests of many kinds."""
+def catalogue(count: int, sizes: list[int], context: int, seed: int) -> list[dict[str, Any]]:
+    """Requests of many kinds, which a context of so many tokens holds."""
+    words, tokens = min(40, context // 12), min(97, context // 2)
     draw = random.Random(seed)
     found = []
     for number in range(count):
         options: dict[str, Any] = {"block_size": draw.choice(sizes), "policy": draw.choice(POLICIES)}
         if draw.random() < 0.2:
             options = {"block_size": max(sizes), "lossless": True}
-        prompt = " ".join(draw.choice(WORDS.split()) for _ in range(draw.randrange(2, 40)))
-        sampled = {"temperature": draw.choice([0.0, 0.7, 1.0]), "seed": number, "max_tokens": draw.randrange(16, 97)}
+        prompt = " ".join(draw.choice(WORDS.split()) for _ in range(draw.randrange(2, words)))
+        sampled = {
+            "temperature": draw.choice([0.0, 0.7, 1.0]),
+            "seed": number,
+            "max_tokens": draw.randrange(16, tokens),
+        }
         found.append({"prompt": prompt, **sampled, "diffusion": options, "stream_options": {"include_usage": True}})
     return found
 
@@ -156,8 +161,8 @@ def settled(port: int, seconds: float = 10.0) -> bool:
 
 def measure(port: int, process: psutil.Process, args: argparse.Namespace) -> dict[str, Any]:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=60) as answer:
-        sizes = json.load(answer)["data"][0]["blockdiff"]["block_sizes"]
-    bodies = catalogue(args.requests, sizes, args.seed)
+        about = json.load(answer)["data"][0]["blockdiff"]
+    bodies = catalogue(args.requests, about["block_sizes"], about["context_length"], args.seed)
     warm = Phase()
     alone = [asyncio.run(follow(port, body, warm, None, None)) for body in bodies]
     rows, memory = [], []

@@ -168,6 +168,30 @@ def test_tokens_and_lengths_are_cut_inside_a_block():
     assert model.tokenizer.decode([end]) not in ended.text or at == 0 or end in whole.tokens[:at]
 
 
+@pytest.mark.parametrize("size", [1, 4, 8])
+@pytest.mark.parametrize("conventions", CONVENTIONS[:2], ids="-".join)
+def test_forwards_are_limited(conventions, size):
+    model = with_tokenizer(*conventions)
+    for lossless in (False, True) if conventions[0] == "shift" else (False,):
+        request = Request((5, 9, 2), 24, size, POLICIES["first_hitting"], Sampling(1.0), seed=3, lossless=lossless)
+        if lossless:
+            model.spec = replace(model.spec, ar_trained=True)
+        whole = generate(model, [request])[0]
+        counts = []
+        for most in (1, 2, 3, 5, 8, 13, whole.forwards - 1, whole.forwards):
+            short = generate(model, [replace(request, max_forwards=most)])[0]
+            assert short.forwards <= most
+            assert short.tokens == whole.tokens[: len(short.tokens)]
+            assert whole.text.startswith(short.text)
+            assert len(short.steps) == len(short.log_probabilities) == sum(short.blocks) == len(short.tokens)
+            assert short.finish_reason == ("length" if most < whole.forwards else whole.finish_reason)
+            counts.append(len(short.tokens))
+        assert counts == sorted(counts)
+        assert counts[0] < counts[-1] == len(whole.tokens)
+    with pytest.raises(ValueError, match="max_forwards"):
+        generate(model, [replace(request, lossless=False, max_forwards=3, policy=POLICIES["draft_then_refine"])])
+
+
 def test_stop_strings_cut_the_text_and_are_never_streamed():
     model = with_tokenizer("shift", "clean", "context_causal")
     request = Request((5, 9, 4), 40, 4, POLICIES["first_hitting"], Sampling(1.0), seed=5)

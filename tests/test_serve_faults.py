@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from serving import Server, parsed, serving
+from starlette.testclient import TestClient
 
 PROMPT = "the cat sat on"
 LONG: dict[str, Any] = {  # many forwards, and so hot that the end token is as rare as any other
@@ -315,8 +316,6 @@ def test_an_engine_that_fails_is_told_and_replaced(trained: Path):
 
     original, Engine.step = Engine.step, step  # type: ignore[method-assign]
     try:
-        from starlette.testclient import TestClient
-
         with TestClient(app) as client:
             body = {"prompt": PROMPT, "max_tokens": 8, "seed": 1}
             whole = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
@@ -331,6 +330,25 @@ def test_an_engine_that_fails_is_told_and_replaced(trained: Path):
             assert "[DONE]" not in stream
     finally:
         Engine.step = original  # type: ignore[method-assign]
+
+
+def test_a_request_that_never_gets_a_place_is_told_to_come_back(trained: Path, monkeypatch: pytest.MonkeyPatch):
+    import blockdiff
+    from blockdiff.engine import Engine, Limits
+    from blockdiff.serve.app import Application
+    from blockdiff.serve.settings import Settings
+
+    app = Application(blockdiff.load(trained / "checkpoint"), Settings(name="tiny", timeout=0.5), Limits(pages=64))
+    with TestClient(app) as client:
+        body = {"prompt": PROMPT, "max_tokens": 8}
+        assert client.post("/v1/completions", json=body).status_code == 200
+        monkeypatch.setattr(Engine, "step", lambda self: time.sleep(0.02) or [])  # busy with others for ever
+        answer = client.post("/v1/completions", json=body)
+        assert (answer.status_code, "too busy to begin" in answer.json()["error"]["message"]) == (429, True)
+        assert int(answer.headers["retry-after"]) >= 1
+        stream = client.post("/v1/completions", json={**body, "stream": True}).text
+        assert "too busy to begin" in stream
+        assert "[DONE]" not in stream
 
 
 def test_a_taken_port_and_bad_options_are_one_line(

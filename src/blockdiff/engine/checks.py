@@ -14,11 +14,6 @@ def check(model: BlockDiffusionModel, request: Request) -> None:
     if min(known) < 0 or max(known) >= model.vocabulary:
         odd = next(token for token in known if not 0 <= token < model.vocabulary)
         raise ValueError(f"token {odd} is none of the model's {model.vocabulary}; use its own tokenizer")
-    if (mask := model.spec.mask_id) is not None and mask in request.prompt:
-        raise ValueError(
-            f"the prompt holds the [MASK] token ({mask}) at place {request.prompt.index(mask)}: a prompt is decided "
-            "text; leave it out, or fill a hole with infilling"
-        )
     if not -(2**63) <= request.seed < 2**63:
         raise ValueError(f"seed {request.seed} does not fit 64 bits; give a smaller one")
     if room < 1:

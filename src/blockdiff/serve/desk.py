@@ -39,20 +39,20 @@ class Desk:
         """Texts that have a place."""
         return sum(visit.open for visit in self._visits)
 
+    @property
+    def wait(self) -> int:
+        """Seconds after which a place may be free: those that the texts before took, as often as the queue is long."""
+        mean = sum(self._recent) / len(self._recent)
+        return min(max(math.ceil(mean * self.settings.waiting / self.settings.running), 1), 60)
+
     def open(self, order: Order) -> _Visit:
         """Hand an order to the engine. Raises Refused where every place is taken or the server stops."""
         most = self.settings.running + self.settings.waiting
         if self.stopping:
             raise Refused("the server is stopping", status=503, code="stopping", wait=5)
         if self.texts + len(order.requests) > most:
-            mean = sum(self._recent) / len(self._recent)
-            wait = min(max(math.ceil(mean * self.settings.waiting / self.settings.running), 1), 60)
-            raise Refused(
-                f"{self.texts} texts are being written or wait, of {most} possible; try again in {wait} s",
-                status=429,
-                code="queue_full",
-                wait=wait,
-            )
+            text = f"{self.texts} texts are being written or wait, of {most} possible; try again in {self.wait} s"
+            raise Refused(text, status=429, code="queue_full", wait=self.wait)
         visit = _Visit(self, order)
         self._visits.add(visit)
         self.worker.submit(visit.tickets)
@@ -132,6 +132,13 @@ class _Visit:
         if event.reason and says[event.reason] not in self.reply.warnings:
             self.reply.warnings.append(says[event.reason])
 
+    def _refuse_if_never_begun(self) -> None:
+        """Raises Refused where the time was up before the engine had a place."""
+        outputs = [choice.output for choice in self.reply.choices if choice.output is not None]
+        if self._timed_out and not any(output.forwards or output.tokens for output in outputs):
+            text = f"the server was too busy to begin this request within {self.desk.settings.timeout:g} s"
+            raise Refused(text, status=429, code="queue_full", wait=self.desk.wait)
+
     # ---- the two ways to answer
 
     async def whole(self, http: HttpRequest) -> dict[str, Any] | None:
@@ -143,6 +150,7 @@ class _Visit:
             if not writing.done():
                 return None
             writing.result()
+            self._refuse_if_never_begun()
             return self.reply.whole()
         finally:
             gone.cancel()
@@ -166,6 +174,7 @@ class _Visit:
                     yield _sent(self.reply.draft(index, event), "draft")
                 elif isinstance(event, Done):
                     yield _sent(self.reply.last(index))
+            self._refuse_if_never_begun()
             if self.order.include_usage:
                 yield _sent(self.reply.usage_chunk())
             yield ServerSentEvent("[DONE]", sep="\n")

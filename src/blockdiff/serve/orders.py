@@ -53,7 +53,7 @@ class Order:
     """What one HTTP request asks for: the engine's requests of all its texts, and how to answer.
 
     leads: what is put before each text (echo); named: the policy as it was asked for; log_probabilities, drafts:
-    whether they are wanted; warnings: what the client should know.
+    whether they are wanted; warnings: what the client should know; n: texts of each prompt.
     """
 
     requests: tuple[Request, ...]
@@ -65,11 +65,12 @@ class Order:
     stream: bool = False
     include_usage: bool = False
     warnings: tuple[str, ...] = ()
+    n: int = 1
 
     @property
     def prompt_tokens(self) -> int:
         """Of each prompt once, however many texts continue it."""
-        return sum(len(prompt) for prompt in dict.fromkeys(request.prompt for request in self.requests))
+        return sum(len(request.prompt) for request in self.requests[:: self.n])
 
     @property
     def detailed(self) -> bool:
@@ -184,9 +185,13 @@ class Clerk:
             max_forwards=options.max_forwards or 0,
         )
         requests, warnings = [], []
+        field = "messages" if chat else "prompt"
         for at, ids in enumerate(prompts):
+            if (mask := self.model.spec.mask_id) is not None and mask in ids:
+                text = f"{field}: it holds the [MASK] token ({mask}), and a prompt is decided text; leave it out"
+                raise Refused(text, field)
             own = replace(template, prompt=tuple(ids), max_new_tokens=self._limit(len(ids), limit))
-            self._about("messages" if chat else "prompt", self.engine.check, own)
+            self._about(field, self.engine.check, own)
             if (problem := self._covered(own)) is not None:
                 warnings.append(problem)
             requests += [replace(own, seed=_seed(seed, at * n + i)) for i in range(n)]
@@ -200,6 +205,7 @@ class Clerk:
             stream=bool(body.stream),
             include_usage=body.stream_options is not None and body.stream_options.include_usage,
             warnings=tuple(dict.fromkeys(warnings)),
+            n=n,
         )
 
     @staticmethod

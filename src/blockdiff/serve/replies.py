@@ -151,12 +151,12 @@ class Reply:
         counts = {name: sum(getattr(output, name) for output in outputs) for name in _COUNTS}
         tokens = sum(len(output.tokens) for output in outputs)
         denoise = counts["denoise_forwards"]
-        cached = sum(output.cached_tokens for output in outputs)
+        firsts = [choice.output for choice in self.choices[:: self.order.n] if choice.output is not None]
         return {
             "prompt_tokens": self.order.prompt_tokens,
             "completion_tokens": tokens,
             "total_tokens": self.order.prompt_tokens + tokens,
-            "prompt_tokens_details": {"cached_tokens": min(cached, self.order.prompt_tokens)},
+            "prompt_tokens_details": {"cached_tokens": sum(output.cached_tokens for output in firsts)},
             "diffusion": {
                 **counts,
                 "blocks": sum(len(output.blocks) for output in outputs),
