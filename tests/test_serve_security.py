@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 from collections.abc import Iterator
@@ -178,6 +179,15 @@ def test_only_safe_weights_are_loaded(trained: Path, tmp_path: Path, capsys: pyt
     shutil.copytree(trained / "checkpoint", pickled)
     (pickled / "model.safetensors").unlink()
     torch.save({}, pickled / "pytorch_model.bin")
-    code, _, error = run("serve", pickled, "--port", 0, capsys=capsys)
-    assert code == 2
-    assert "safetensors" in error
+    coded = tmp_path / "coded"
+    shutil.copytree(trained / "checkpoint", coded)
+    config = json.loads((coded / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}
+    (coded / "config.json").write_text(json.dumps({**config, "model_type": "evil"}))
+    (coded / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for checkpoint, says in ((pickled, "safetensors"), (coded, "custom code")):
+        code, _, error = run("serve", checkpoint, "--port", 0, capsys=capsys)
+        assert code == 2
+        assert says in error
+        assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "ran").exists()

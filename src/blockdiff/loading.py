@@ -84,7 +84,11 @@ def load(
     try:
         spec_file = cached_file(str(path), SPEC_FILE, _raise_exceptions_for_missing_entries=False)
         backbone, found = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+            path,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,  # said aloud, since transformers would ask at a terminal
         )
     except (SafetensorError, *_UNBUILDABLE) as error:
         reason = " ".join(str(error).split())
@@ -125,7 +129,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
     if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):
         return None
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UnsupportedModel(
             f"{path}: its tokenizer cannot be read ({' '.join(str(error).split())[:200]})"

@@ -71,8 +71,8 @@ class Application(FastAPI):
         self.settings = settings
         self.worker = Worker(lambda: Engine(model, limits), settings.threads)
         self.desk = Desk(self.worker, settings, Metrics(self.worker))
-        self.clerk = Clerk(model, self.worker.engine, settings)
-        self.about = capabilities(model, self.worker.engine, settings)
+        self.clerk = Clerk(model, self.worker.check, settings)
+        self.about = capabilities(model, self.worker.check, settings)
         super().__init__(
             title="blockdiff", version=__version__, lifespan=_lifespan, docs_url=None, redoc_url=None, responses=_ERRORS
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,13 +10,13 @@ from blockdiff.api import Model
 from blockdiff.decode import Sampling
 from blockdiff.decode.counts import Threshold
 from blockdiff.decode.registry import TABLE
-from blockdiff.engine import Engine, Request
+from blockdiff.engine import Request
 from blockdiff.serve.settings import Settings
 
 _LEAST_SHARE = 1e-3  # of training's tokens, for a block size to be offered
 
 
-def capabilities(model: Model, engine: Engine, settings: Settings) -> dict[str, Any]:
+def capabilities(model: Model, check: Callable[[Request], None], settings: Settings) -> dict[str, Any]:
     """Its block sizes, policies and limits, JSON-ready."""
     request = Request(prompt=(0,), max_new_tokens=1, sampling=Sampling(temperature=1.0))
     policies = [
@@ -26,7 +27,7 @@ def capabilities(model: Model, engine: Engine, settings: Settings) -> dict[str, 
             "threshold": any(isinstance(count, Threshold) for count in entry.policy.counts),
         }
         for name, entry in TABLE.items()
-        if _serves(engine, replace(request, policy=entry.policy))
+        if _serves(check, replace(request, policy=entry.policy))
     ]
     sizes = block_sizes(model, settings)
     return {
@@ -35,7 +36,7 @@ def capabilities(model: Model, engine: Engine, settings: Settings) -> dict[str, 
         "max_tokens": min(settings.max_tokens or model.context_length, model.context_length),
         "default_block_size": min(model.spec.default_block_size, sizes[-1]),
         "block_sizes": sizes,
-        "lossless": _serves(engine, replace(request, lossless=True)),
+        "lossless": _serves(check, replace(request, lossless=True)),
         "chat": bool(model.tokenizer is not None and model.tokenizer.chat_template),
         "policies": policies,
     }
@@ -53,9 +54,9 @@ def block_sizes(model: Model, settings: Settings) -> list[int]:
     return sorted(size for size in sizes if not most or size <= most)
 
 
-def _serves(engine: Engine, request: Request) -> bool:
+def _serves(check: Callable[[Request], None], request: Request) -> bool:
     try:
-        engine.check(request)
+        check(request)
     except ValueError:
         return False
     return True

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from blockdiff.api import Model
 from blockdiff.decode import Policy, Sampling, changed, named
-from blockdiff.engine import Engine, Request
+from blockdiff.engine import Request
 from blockdiff.serve.capabilities import block_sizes
 from blockdiff.serve.fields import ChatBody, CompletionBody
 from blockdiff.serve.settings import Settings
@@ -79,10 +79,11 @@ class Order:
 
 
 class Clerk:
-    """Reads bodies for one model and engine. Tokenizing is done by one thread at a time."""
+    """Reads bodies for one model. check: raises ValueError for what the engine cannot serve. Tokenizing is done by one
+    thread at a time."""
 
-    def __init__(self, model: Model, engine: Engine, settings: Settings) -> None:
-        self.model, self.engine, self.settings = model, engine, settings
+    def __init__(self, model: Model, check: Callable[[Request], None], settings: Settings) -> None:
+        self.model, self.check, self.settings = model, check, settings
         self.block_sizes = block_sizes(model, settings)
         self._lock = threading.Lock()
         self._uncovered = lru_cache(1024)(model.uncovered)
@@ -191,7 +192,7 @@ class Clerk:
                 text = f"{field}: it holds the [MASK] token ({mask}), and a prompt is decided text; leave it out"
                 raise Refused(text, field)
             own = replace(template, prompt=tuple(ids), max_new_tokens=self._limit(len(ids), limit))
-            self._about(field, self.engine.check, own)
+            self._about(field, self.check, own)
             if (problem := self._covered(own)) is not None:
                 warnings.append(problem)
             requests += [replace(own, seed=_seed(seed, at * n + i)) for i in range(n)]

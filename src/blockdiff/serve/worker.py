@@ -136,6 +136,10 @@ class Worker:
         self._orders.put(stop)
         self._thread.join()
 
+    def check(self, request: Request) -> None:
+        """Refuse what the engine cannot serve: ValueError."""
+        self.engine.check(request)
+
     def submit(self, tickets: Sequence[Ticket]) -> None:
         """Ask for texts, which enter the engine together."""
         self._orders.put(lambda: self._add(tickets))
