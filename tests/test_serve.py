@@ -23,13 +23,13 @@ SAMPLED: dict[str, Any] = {"temperature": 0.8, "seed": 5, "max_tokens": 24}
 
 
 @contextmanager
-def client_of(checkpoint: Path, **settings: Any) -> Iterator[TestClient]:
+def client_of(checkpoint: Path, *, raise_faults: bool = True, **settings: Any) -> Iterator[TestClient]:
     """The application with other settings, in this process."""
     from blockdiff.serve.app import Application
     from blockdiff.serve.settings import Settings
 
     app = Application(blockdiff.load(checkpoint), Settings(name="other", **settings), Limits(pages=256))
-    with TestClient(app) as client:
+    with TestClient(app, raise_server_exceptions=raise_faults) as client:
         yield client
 
 
@@ -138,6 +138,27 @@ def test_max_forwards_ends_with_what_is_final(server: Server):
         assert answer["choices"][0]["finish_reason"] == "length"
         assert whole.startswith(answer["choices"][0]["text"])
         assert answer["choices"][0]["text"] != whole
+
+
+def test_max_forwards_of_lossless_text_is_no_matter_of_the_clock(server: Server):
+    whole = server.text(PROMPT, **SAMPLED, diffusion={"block_size": 1})
+    options = {"block_size": 8, "lossless": True, "max_forwards": 9}
+    texts = {server.text(PROMPT, **SAMPLED, diffusion=options) for _ in range(4)}
+    assert len(texts) == 1
+    assert whole.startswith(texts.pop())
+
+
+def test_a_fault_of_ours_is_counted_as_one(trained: Path, monkeypatch: pytest.MonkeyPatch):
+    from blockdiff.serve.replies import Reply
+
+    def fault(reply: Reply) -> Any:
+        raise ArithmeticError
+
+    monkeypatch.setattr(Reply, "whole", fault)
+    with client_of(trained / "checkpoint", raise_faults=False) as client:
+        answer = client.post("/v1/completions", json={"prompt": PROMPT})
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+        assert 'route="/v1/completions",status="500"' in client.get("/metrics").text
 
 
 def test_echo_puts_the_prompt_before_the_text(server: Server):
@@ -299,6 +320,8 @@ REFUSED: list[tuple[dict[str, Any], str | None]] = [
     ({"prompt": "a", "diffusion": {"policy": "(" * 400}}, "diffusion.policy"),
     ({"prompt": "a", "diffusion": {"policy": "__import__('os').system('true')"}}, "diffusion.policy"),
     ({"prompt": "a", "diffusion": {"policy": "diffusion_gemma"}}, "diffusion.policy"),
+    ({"prompt": "a", "diffusion": {"policy": "threshold(0.9) + guidance(1e308)"}}, "diffusion.policy"),
+    ({"prompt": "a", "diffusion": {"policy": "threshold(0.9) + credit(1e999)"}}, "diffusion.policy"),
     ({"prompt": "a", "temperature": 0, "diffusion": {"policy": "self_rewarding_smc"}}, "diffusion.policy"),
     ({"prompt": "a", "diffusion": {"policy": "fixed_count", "threshold": 0.5}}, "diffusion.threshold"),
     ({"prompt": "a", "diffusion": {"threshold": 1.5}}, "diffusion.threshold"),
@@ -342,6 +365,26 @@ def test_what_cannot_be_honoured_is_refused_by_name(server: Server, path: str, b
     assert "\n" not in error["message"]
     assert len(error["message"]) <= 400
     assert headers["x-should-retry"] == "false"
+
+
+def test_numbers_that_json_does_not_know_stay_out(trained: Path, monkeypatch: pytest.MonkeyPatch):
+    """A model that breaks down gives no NaN and no infinity to a client."""
+    from blockdiff.engine.entry import Entry
+
+    deliver = Entry.deliver
+
+    def broken(entry: Entry, ids: Any, steps: Any, log_probability: list[float], edits: Any) -> bool:
+        values = [math.nan, -math.inf] * len(log_probability)
+        return deliver(entry, ids, steps, values[: len(log_probability)], edits)
+
+    monkeypatch.setattr(Entry, "deliver", broken)
+    with client_of(trained / "checkpoint") as client:
+        body = {"prompt": PROMPT, "max_tokens": 8, "logprobs": 0}
+        found = client.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]["token_logprobs"]
+        assert set(found) == {-9999.0}
+        text = client.post("/v1/completions", json={**body, "stream": True}).text
+        assert "NaN" not in text
+        assert "-9999.0" in text
 
 
 NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "best_of": 1, "suffix": None, "n": 1}

@@ -332,6 +332,32 @@ def test_an_engine_that_fails_is_told_and_replaced(trained: Path):
         Engine.step = original  # type: ignore[method-assign]
 
 
+def test_an_engine_whose_thread_ends_lets_nobody_wait(trained: Path, monkeypatch: pytest.MonkeyPatch):
+    import blockdiff
+    from blockdiff.engine import Limits
+    from blockdiff.serve.app import Application
+    from blockdiff.serve.settings import Settings
+    from blockdiff.serve.worker import Worker
+
+    app = Application(blockdiff.load(trained / "checkpoint"), Settings(name="tiny"), Limits(pages=64))
+    told = threading.Event()
+    app.worker.on_death = told.set
+    with TestClient(app) as client:
+        body = {"prompt": PROMPT, "max_tokens": 8}
+        assert client.post("/v1/completions", json=body).status_code == 200
+        assert client.get("/health").status_code == 200
+
+        def fault(worker: Worker, tickets: Any) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr(Worker, "_add", fault)
+        answer = client.post("/v1/completions", json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_fault")
+        assert told.wait(5)  # the process ends then, to be started anew
+        assert client.post("/v1/completions", json=body).status_code == 503
+        assert client.get("/health").status_code == 503
+
+
 def test_a_request_that_never_gets_a_place_is_told_to_come_back(trained: Path, monkeypatch: pytest.MonkeyPatch):
     import blockdiff
     from blockdiff.engine import Engine, Limits
@@ -364,6 +390,7 @@ def test_a_taken_port_and_bad_options_are_one_line(
         (["--chat-template", str(tmp_path / "bad.jinja")], "--chat-template"),
         (["--api-key", "ключ"], "--api-key"),
         (["--timeout", "0"], "timeout"),
+        (["--cache-tokens", "8"], "memory holds"),
     ):
         port = [] if "--port" in options else ["--port", "0"]
         code, _, error = run("serve", model, *port, *options, capsys=capsys)

@@ -92,18 +92,21 @@ class Model(BlockDiffusionModel):
         block_size: int | None = None,
         policy: Policy | str | None = None,
         lossless: bool = False,
+        max_forwards: int = 0,
         **fields: Any,
     ) -> Request:
         """What `generate` asks the engine for: a request with this model's block size, policy and end unless told
         otherwise, and what a lossless one drafts with. fields: others of `Request`."""
+        fastest = lossless and not max_forwards  # what is fastest follows the clock, and so would where the text ends
         return Request(
             prompt=prompt,
             block_size=self.spec.default_block_size if block_size is None else block_size,
             policy=_policy(policy, lossless),
             end_ids=self.end_ids,
             lossless=lossless,
-            drafting="auto" if lossless and policy is None else "policy",
-            adaptive=lossless,
+            drafting="auto" if fastest and policy is None else "policy",
+            adaptive=fastest,
+            max_forwards=max_forwards,
             forbidden=self.control_ids,
             **fields,
         )

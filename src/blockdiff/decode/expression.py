@@ -37,6 +37,7 @@ SLOTS: dict[str, type[Part]] = {
     "search": Particles,
     "refine": Refine,
 }
+_LARGEST = 1e6  # of a setting: far beyond what makes sense, and logits stay finite
 _SEVERAL = ("modifiers", "counts", "logits")
 
 
@@ -149,7 +150,7 @@ def _checked(name: str, key: str, value: Any, default: Any) -> Any:
     if isinstance(default, bool) or isinstance(value, bool):
         fits = isinstance(default, bool) and isinstance(value, bool)
     elif isinstance(default, float):
-        fits = isinstance(value, int | float)
+        fits = isinstance(value, int | float) and abs(value) <= _LARGEST
         value = float(value) if fits else value
     elif isinstance(default, tuple):
         value = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else value

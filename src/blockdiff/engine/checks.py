@@ -37,6 +37,10 @@ def check(model: BlockDiffusionModel, request: Request) -> None:
         raise ValueError(
             f"max_forwards: policy {request.policy} runs several texts for one, so its forwards have no one count"
         )
+    if request.max_forwards and request.lossless and (request.adaptive or request.drafting != "policy"):
+        raise ValueError(
+            "max_forwards: drafts that are adaptive or ahead take as many forwards as the clock says; let a policy draft"
+        )
     if request.given:
         _check_given(model, request, room)
     if request.stepwise:

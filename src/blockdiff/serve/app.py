@@ -84,6 +84,7 @@ class Application(FastAPI):
         self.add_exception_handler(Refused, _refused)
         self.add_exception_handler(RequestValidationError, _invalid)
         self.add_exception_handler(HTTPException, _http_error)
+        self.add_exception_handler(Exception, _fault)
         _add_routes(self)
 
     def _tell(self, method: str, path: str, status: int, seconds: float) -> None:
@@ -154,7 +155,7 @@ def _add_routes(app: Application) -> None:
 
     @app.get("/health")
     async def health() -> Response:
-        if app.desk.stopping or not app.worker.alive:
+        if app.desk.stopping or app.worker.died:
             return problem(503, "the server is stopping", code="stopping")
         return Response('{"status":"ok"}', media_type="application/json")
 
@@ -229,6 +230,10 @@ def _param(loc: tuple[str | int, ...]) -> str | None:
         else:
             path += f".{part}" if path else part
     return path or None
+
+
+def _fault(http: Request, error: Exception) -> Response:
+    return problem(500, f"a fault of the server ({type(error).__name__}); it is in its log", code="fault")
 
 
 def _is_alternative(part: str | int) -> bool:

@@ -22,6 +22,8 @@ from blockdiff.serve.replies import Reply
 from blockdiff.serve.settings import Settings
 from blockdiff.serve.worker import Done, Draft, Event, Fault, Piece, Ticket, Worker
 
+_LOOK_SECONDS = 1.0  # between looks at whether the engine still runs
+_ENDED = "the engine has ended by a fault; the server stops"
 log = logging.getLogger("blockdiff.serve")
 
 
@@ -48,7 +50,7 @@ class Desk:
     def open(self, order: Order) -> _Visit:
         """Hand an order to the engine. Raises Refused where every place is taken or the server stops."""
         most = self.settings.running + self.settings.waiting
-        if self.stopping:
+        if self.stopping or self.worker.died:
             raise Refused("the server is stopping", status=503, code="stopping", wait=5)
         if self.texts + len(order.requests) > most:
             text = f"{self.texts} texts are being written or wait, of {most} possible; try again in {self.wait} s"
@@ -105,12 +107,16 @@ class _Visit:
         deadline = self.began + self.desk.settings.timeout
         first = True
         while self.open:
+            left = deadline - time.perf_counter()
             try:
-                async with asyncio.timeout(None if self._timed_out else max(deadline - time.perf_counter(), 0)):
+                async with asyncio.timeout(_LOOK_SECONDS if self._timed_out else min(max(left, 0), _LOOK_SECONDS)):
                     index, event = await self._inbox.get()
             except TimeoutError:
-                self._timed_out = True
-                self.desk.worker.end(self.tickets, "timeout")
+                if self.desk.worker.died:
+                    raise Refused(_ENDED, status=500, code="engine_fault") from None
+                if not self._timed_out and time.perf_counter() >= deadline:
+                    self._timed_out = True
+                    self.desk.worker.end(self.tickets, "timeout")
                 continue
             if isinstance(event, Piece) and first:
                 first = False

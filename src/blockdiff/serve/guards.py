@@ -60,6 +60,9 @@ class Guards:
 
         try:
             await self._guarded(scope, receive, counted)
+        except Exception:
+            status = 500
+            raise
         finally:
             self._tell(scope["method"], scope["path"], status, time.perf_counter() - began)
 

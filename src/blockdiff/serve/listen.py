@@ -49,7 +49,10 @@ class _Server(uvicorn.Server):
 
 
 def serve(app: Application, listening: socket.socket, ready: Callable[[], None]) -> None:
-    """Serve until SIGINT or SIGTERM; then finish what runs, within the time of grace. Calls `ready` when it answers."""
+    """Serve until SIGINT or SIGTERM; then finish what runs, within the time of grace. Calls `ready` when it answers.
+
+    Raises OSError where the engine's thread ended by a fault: then the process is to be started anew.
+    """
     AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]  # streams end when their texts do
     logging.getLogger("blockdiff.serve").setLevel(logging.INFO)
     config = uvicorn.Config(
@@ -66,7 +69,11 @@ def serve(app: Application, listening: socket.socket, ready: Callable[[], None])
     )
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it has ended: then they say nothing
         signal.signal(number, _nothing)
-    _Server(config, app, ready).run(sockets=[listening])
+    server = _Server(config, app, ready)
+    app.worker.on_death = lambda: setattr(server, "should_exit", True)
+    server.run(sockets=[listening])
+    if app.worker.died:
+        raise OSError("the engine ended by a fault of its own (see the log); start the server again")
 
 
 def _nothing(number: int, frame: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from blockdiff.decode import POLICIES
 from blockdiff.engine import Engine, Request
+from blockdiff.model import BlockDiffusionModel
 from blockdiff.runtime import available_processors
 
 
@@ -30,14 +31,18 @@ def warm_up(engine: Engine, threads: int = 0) -> int:
     return best
 
 
-def _write(engine: Engine) -> float:
-    """Seconds for two blocks."""
-    model = engine.model
+def trial(model: BlockDiffusionModel) -> Request:
+    """A text of two blocks, as every server must have room for."""
     size = model.spec.default_block_size
     room = max(min(2 * size, model.context_length - 1), 1)
     prompt = (model.end_ids or (0,))[:1]
+    return Request(prompt=prompt, max_new_tokens=room, block_size=size, policy=POLICIES["one_step"])
+
+
+def _write(engine: Engine) -> float:
+    """Seconds for the trial."""
     began = time.perf_counter()
-    engine.add(Request(prompt=prompt, max_new_tokens=room, block_size=size, policy=POLICIES["one_step"]))
+    engine.add(trial(engine.model))
     while engine.busy:
         engine.step()
     return time.perf_counter() - began

@@ -19,11 +19,11 @@ from blockdiff.decode.pieces import PieceReader
 from blockdiff.engine import Engine, Job, Output, Request, Step
 from blockdiff.engine.network import prepared
 from blockdiff.engine.stream import TextStream
-from blockdiff.serve.warming import warm_up
+from blockdiff.serve.warming import trial, warm_up
 
 log = logging.getLogger("blockdiff.serve")
 _STATS_SECONDS = 0.25
-_LEAST = -9999.0  # log-probability, since JSON has no infinity
+_LEAST = -9999.0  # log-probability, since JSON knows neither infinity nor NaN
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,16 @@ class Ticket:
 
 
 class Worker:
-    """Runs the engine of a model until it is stopped. threads: of a pass (0: what is faster)."""
+    """Runs the engine of a model until it is stopped. threads: of a pass (0: what is faster); on_death: called in the
+    event loop where the thread ends by a fault. Raises ValueError where the engine has no room for any text."""
 
     def __init__(self, make_engine: Callable[[], Engine], threads: int = 0) -> None:
         self._threads = threads
         self._make = make_engine
         self.engine = make_engine()
+        self.engine.check(trial(self.engine.model))
+        self.died = False
+        self.on_death: Callable[[], None] = lambda: None
         self.stats = Stats()
         self._pieces = PieceReader(self.engine.tokenizer)
         self._orders: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -122,10 +126,6 @@ class Worker:
         """Begin; what happens is delivered in the event loop that runs now."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
 
     def stop(self) -> None:
         """End after the step that runs now; what is unfinished is dropped."""
@@ -155,19 +155,28 @@ class Worker:
     # ---- in the thread
 
     def _run(self) -> None:
-        with prepared(self.engine.model):
-            log.info("%d threads", warm_up(self.engine, self._threads))
-            while not self._stopped:
-                if not self.engine.busy:
-                    self._send()
-                    self._count(always=True)
-                    self._orders.get()()
-                while not self._orders.empty():
-                    self._orders.get()()
-                if self.engine.busy and not self._stopped:
-                    self._step()
-                self._send()
-                self._count()
+        try:
+            with prepared(self.engine.model):
+                log.info("%d threads", warm_up(self.engine, self._threads))
+                while not self._stopped:
+                    self._round()
+        except BaseException:
+            log.exception("the engine's thread ended")
+            self.died = True
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self.on_death)
+
+    def _round(self) -> None:
+        if not self.engine.busy:
+            self._send()
+            self._count(always=True)
+            self._orders.get()()
+        while not self._orders.empty():
+            self._orders.get()()
+        if self.engine.busy and not self._stopped:
+            self._step()
+        self._send()
+        self._count()
 
     def _step(self) -> None:
         try:
@@ -249,7 +258,8 @@ class Worker:
             if not (last and output.finish_reason == "end"):
                 ticket.stream.feed(output.tokens[: at + 1])
             text = ticket.stream.new_text(final=last)
-            found.append(Token(text, output.steps[at], max(output.log_probabilities[at], _LEAST)))
+            value = output.log_probabilities[at]
+            found.append(Token(text, output.steps[at], value if value > _LEAST else _LEAST))
         return tuple(found)
 
     @staticmethod
