@@ -39,7 +39,7 @@ def check(model: BlockDiffusionModel, request: Request) -> None:
         )
     if request.max_forwards and request.lossless and (request.adaptive or request.drafting != "policy"):
         raise ValueError(
-            "max_forwards: drafts that are adaptive or ahead follow the clock, and so would the text; let a policy draft"
+            "max_forwards: drafts that are adaptive or ahead follow the clock; let a policy draft"
         )
     if request.given:
         _check_given(model, request, room)
