@@ -17,7 +17,7 @@ from serving import Server, serving
 import blockdiff
 from blockdiff.decode import Sampling
 
-FUZZED = int(os.environ.get("BLOCKDIFF_FUZZED", "300"))  # requests; the whole number is in docs/serve.md
+EXAMPLES = 320  # of each operation: about 2,100 requests in all
 MESSAGES: Any = [{"role": "user", "content": "the cat sat on the mat"}]
 KEY = "key-for-the-clients"
 
@@ -152,12 +152,12 @@ def test_nothing_that_the_schema_allows_breaks_it(trained: Path, template: Path,
     program = str(Path(sys.executable).parent / "schemathesis")
     with serving(trained / "checkpoint", tmp_path, *options) as server:
         checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
-        command = [program, "run", f"{server.url}/openapi.json", "--checks", checks, "--max-examples", str(FUZZED)]
+        command = [program, "run", f"{server.url}/openapi.json", "--checks", checks, "--max-examples", str(EXAMPLES)]
         command += ["--phases", "examples,coverage,fuzzing", "--suppress-health-check", "all", "--seed", "1"]
         command += ["--generation-database", "none", "--request-timeout", "60", "--mode", "all"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-        assert server.metric("requests") > FUZZED
+        assert server.metric("requests") > 2000
         assert server.settled("running", 0)
         assert server.settled("pages_in_use", 0)
         assert "Traceback" not in server.log.read_text()
