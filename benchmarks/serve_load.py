@@ -109,15 +109,14 @@ async def follow(port: int, body: dict[str, Any], phase: Phase, leave_after: int
         usage = extra if isinstance(extra, dict) else usage
         pieces += bool(piece)
         if leave_after is not None and pieces >= leave_after:
+            phase.left += not ended
             break
         if status != 200:
             return ""
     if ended:
         phase.whole += 1
         phase.tokens += usage["completion_tokens"]
-    elif leave_after is not None:
-        phase.left += 1
-    else:
+    elif leave_after is None or pieces < leave_after:
         phase.broken.append(text[-40:])
     if alone is not None and (text != alone if ended else not alone.startswith(text)):
         at = next((i for i, (a, b) in enumerate(zip(text, alone, strict=False)) if a != b), min(len(text), len(alone)))

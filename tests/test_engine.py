@@ -712,6 +712,26 @@ def test_special_policies_under_scarcity(name):
     assert engine.preemptions > 0
 
 
+@pytest.mark.parametrize(("pages", "seed"), [(95, 11), (130, 1), (110, 0)])
+def test_particles_that_were_put_back_take_no_pages_while_they_wait(pages, seed):
+    """Several searches at once, with others between them, in too little memory: all of it comes back."""
+    model, draw = model_of(), random.Random(seed)
+    model.backbone.get_output_embeddings().weight.data.mul_(20)  # so sure of itself that particles are resampled
+    search, plain = POLICIES["self_rewarding_smc"], POLICIES["fixed_count"]
+    requests = []
+    for n in range(10):
+        tokens, size = draw.randrange(20, 50), draw.choice([1, 4]) if n < 4 else 4
+        requests.append(Request((5, 9, n), tokens, size, plain if n < 4 else search, Sampling(2.0), seed=n))
+    engine, jobs = Engine(model, Limits(pages=pages, page_size=3)), []
+    while engine.busy or requests:
+        for _ in range(min(draw.choice([0, 0, 0, 1, 3]), len(requests))):
+            jobs.append(engine.add(requests.pop(0)))
+        engine.step()
+    assert engine.preemptions > 0
+    assert engine.pages.in_use == 0
+    assert all(job.output is not None for job in jobs)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -212,6 +212,22 @@ def test_chat_answers_a_conversation(server: Server, model: blockdiff.Model):
     assert other["choices"][0]["message"]["content"] != text
 
 
+def test_generation_config_is_another_way_to_say_it(server: Server):
+    body = {"messages": [{"role": "user", "content": "the cat"}], "seed": 4}
+    wanted = {"max_new_tokens": 12, "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 20, "num_beams": None}
+    theirs = {**body, "generation_config": json.dumps(wanted), "max_tokens": None}
+    ours = {**body, "max_tokens": 12, "temperature": 0.7, "top_p": 0.9, "diffusion": {"top_k": 20}}
+    path = "/v1/chat/completions"
+    text = server.post(path, ours)[1]["choices"][0]["message"]["content"]
+    assert server.post(path, theirs)[1]["choices"][0]["message"]["content"] == text
+    greedy = {**body, "generation_config": json.dumps({**wanted, "do_sample": False})}
+    other = server.post(path, greedy)[1]["choices"][0]["message"]["content"]
+    assert (
+        other == server.post(path, {**body, "max_tokens": 12, "temperature": 0})[1]["choices"][0]["message"]["content"]
+    )
+    assert other != text
+
+
 @pytest.mark.parametrize("options", [{}, {"block_size": 8}, {"lossless": True}, {"policy": "self_rewarding_smc"}])
 def test_streamed_text_is_the_whole_text(server: Server, options: dict[str, Any]):
     body = {"prompt": PROMPT, **SAMPLED, "n": 2, "diffusion": options}
@@ -337,6 +353,8 @@ CHAT: list[tuple[dict[str, Any], str | None]] = [
     ({"messages": "hi"}, "messages"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
     ({"messages": [{"role": "tool", "content": "hi"}]}, "messages[0].role"),
+    ({"messages": [{"role": "assistant", "content": "hi", "refusal": "no"}]}, "messages[0].refusal"),
+    ({"messages": [{"role": "assistant", "content": "hi", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"tool_choice": "auto"}, "tool_choice"),
     ({"response_format": {"type": "json_object"}}, "response_format.type"),
@@ -347,6 +365,14 @@ CHAT: list[tuple[dict[str, Any], str | None]] = [
     ({"generation_config": "{"}, "generation_config"),
     ({"generation_config": '{"num_beams": 4}'}, "generation_config"),
     ({"generation_config": '{"temperature": -4}'}, "generation_config"),
+    ({"generation_config": '{"temperature": NaN}', "temperature": None}, "generation_config"),
+    ({"generation_config": '{"max_new_tokens": "3"}', "max_tokens": None}, "generation_config"),
+    ({"generation_config": '{"max_new_tokens": 3}', "max_tokens": 9}, "generation_config"),
+    ({"generation_config": '{"max_new_tokens": 3}', "max_completion_tokens": 9}, "max_completion_tokens"),
+    ({"generation_config": '{"do_sample": false}', "temperature": 1.5}, "generation_config"),
+    ({"generation_config": '{"do_sample": "no"}'}, "generation_config"),
+    ({"generation_config": '{"top_k": 3}', "diffusion": {"top_k": 5}}, "generation_config"),
+    ({"messages": [{"role": "user", "content": "hi " * 900}]}, "messages"),
     ({"prompt": "a"}, "prompt"),
 ]
 ASKED = [("/v1/completions", body, param) for body, param in REFUSED] + [

@@ -56,9 +56,15 @@ def test_openai_completes(client: openai.OpenAI, trained: Path):
 
 def test_openai_chats(client: openai.OpenAI):
     asked: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_completion_tokens": 20, "seed": 2}
+    told = client.chat.completions.create(**asked).choices[0].message
+    more: Any = [*MESSAGES, told, {"role": "user", "content": "and then"}]  # an answer is sent back as it came
+    next_one = client.chat.completions.create(**{**asked, "messages": more})
+    assert next_one.usage is not None
     answer = client.chat.completions.create(**asked, logprobs=True)
     text = answer.choices[0].message.content
-    assert text
+    assert text == told.content
+    assert answer.usage is not None
+    assert next_one.usage.prompt_tokens > answer.usage.prompt_tokens
     assert answer.choices[0].finish_reason in ("stop", "length")
     assert answer.choices[0].logprobs is not None
     content = answer.choices[0].logprobs.content

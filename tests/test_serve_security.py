@@ -60,6 +60,8 @@ def test_with_the_key_it_is(guarded: Server):
     assert guarded.post("/v1/completions", PROMPT, Authorization=f"Basic {KEY}")[0] == 401
     for path in OPEN:
         assert guarded.call("GET", path)[0] == 200
+        assert guarded.call("HEAD", path)[0] == 200
+    assert guarded.call("GET", "/v1/models/", Authorization=f"Bearer {KEY}")[0] == 404  # no redirect that leaks the key
 
 
 PATHS = [
@@ -124,7 +126,9 @@ def test_oversized_headers_and_lines_are_refused(server: Server):
 
 def test_requests_cannot_be_smuggled(server: Server):
     """Two lengths that differ, or a length beside chunks."""
+    chunked = b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    assert raw(server, head + chunked).startswith(b"HTTP/1.1 400")
     both = head + b"Content-Length: 4\r\nContent-Length: 9\r\n\r\n{}{}{}{}{"
     assert raw(server, both).startswith(b"HTTP/1.1 400")
 
@@ -142,6 +146,24 @@ def test_other_hosts_and_sites_are_kept_out(server: Server, guarded: Server):
         assert ("access-control-allow-origin" in headers) is allowed
         _, _, headers = server.call("GET", "/v1/models", Origin=origin)
         assert "access-control-allow-origin" not in headers  # off unless asked
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed", "names"),
+    [
+        ("127.0.0.1", (), {"localhost", "127.0.0.1", "[::1]"}),
+        ("127.0.0.2", (), {"127.0.0.2"}),
+        ("::1", (), {"localhost", "[::1]"}),
+        ("localhost", ("LLM.example.org",), {"localhost", "llm.example.org"}),
+        ("0.0.0.0", ("llm.example.org",), {"localhost", "llm.example.org"}),
+    ],
+)
+def test_whoever_serves_this_machine_alone_checks_the_host(host: str, allowed: tuple[str, ...], names: set[str]):
+    from blockdiff.cli_serve import _hosts
+
+    assert names <= set(_hosts(host, allowed))
+    assert "evil.example" not in _hosts(host, allowed)
+    assert _hosts("0.0.0.0", ()) == ()  # everyone is served, by whatever name
 
 
 def test_the_page_allows_itself_only(server: Server):

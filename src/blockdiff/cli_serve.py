@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from blockdiff.cli_options import ModelPath, load_model, out
-
-_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
 def serve(
@@ -41,7 +41,8 @@ def serve(
     keep_alive: Annotated[float, typer.Option(help="Seconds between comments in a silent stream.")] = 15.0,
     body_timeout: Annotated[float, typer.Option(help="Seconds for a request's body to arrive.")] = 20.0,
     cache_tokens: Annotated[
-        int, typer.Option(help="Tokens of keys and values kept; 0: for all running texts, in a quarter of the memory.")
+        int,
+        typer.Option(help="Tokens of keys and values kept; 0: for all running texts, in a quarter of memory.", min=0),
     ] = 0,
     chat_template: Annotated[Path | None, typer.Option(help="File of a chat template (Jinja).")] = None,
     allow_host: Annotated[
@@ -77,12 +78,12 @@ def serve(
         grace=grace,
         keep_alive=keep_alive,
         body_seconds=body_timeout,
-        hosts=(*_LOOPBACK, *(one.lower() for one in allow_host or ())) if host in _LOOPBACK or allow_host else (),
+        hosts=_hosts(host, allow_host or ()),
         origins=tuple(cors_origin or ()),
         strict_coverage=strict_coverage,
         log_prompts=log_prompts,
     )
-    with listen_on(host, port, settings.send_seconds) as listening:  # before loading: a taken port is told at once
+    with listen_on(host, port) as listening:  # before loading: a taken port is told at once
         model = load_model(path)
         if chat_template is not None:
             model.set_chat_template(chat_template)
@@ -93,11 +94,27 @@ def serve(
 
         def ready() -> None:
             out.print(f"serving {settings.name} at {address} (the page; {address}/v1 for clients)")
-            if not settings.api_keys and host not in (*_LOOPBACK, "::1"):
+            if not settings.api_keys and not _is_loopback(host):
                 out.print("warning: everyone who reaches this address may use it: set BLOCKDIFF_API_KEY")
             out.file.flush()
 
         run(app, listening, ready)
+
+
+def _hosts(host: str, allowed: Sequence[str]) -> tuple[str, ...]:
+    """Names that the Host header may have: this machine's where only this machine is served, and those allowed; empty:
+    any."""
+    if not allowed and not _is_loopback(host):
+        return ()
+    own = ("localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host)
+    return tuple(dict.fromkeys((*own, *(name.lower() for name in allowed))))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _name_of(path: str) -> str:

@@ -38,9 +38,7 @@ def check(model: BlockDiffusionModel, request: Request) -> None:
             f"max_forwards: policy {request.policy} runs several texts for one, so its forwards have no one count"
         )
     if request.max_forwards and request.lossless and (request.adaptive or request.drafting != "policy"):
-        raise ValueError(
-            "max_forwards: drafts that are adaptive or ahead follow the clock; let a policy draft"
-        )
+        raise ValueError("max_forwards: drafts that are adaptive or ahead follow the clock; let a policy draft")
     if request.given:
         _check_given(model, request, room)
     if request.stepwise:

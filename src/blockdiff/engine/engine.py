@@ -325,7 +325,10 @@ class Engine:
         if rows.kind.policy.search is None:
             return
         fused = self.limits.fused and not rows.kind.first_known
+        waiting = {job.number for job, _ in self._waiting}  # who was put back has no pages to be copied
         for job in self._jobs.values():
+            if job.number in waiting:
+                continue
             live = [entry for entry in job.entries if not entry.output.finish_reason]
             if live and all(entry.phase is Phase.MEET for entry in live):
                 job.blocks += 1

@@ -13,9 +13,11 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import SendTimeoutError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
 
 from blockdiff import __version__
 from blockdiff.api import Model
@@ -74,7 +76,13 @@ class Application(FastAPI):
         self.clerk = Clerk(model, self.worker.check, settings)
         self.about = capabilities(model, self.worker.check, settings)
         super().__init__(
-            title="blockdiff", version=__version__, lifespan=_lifespan, docs_url=None, redoc_url=None, responses=_ERRORS
+            title="blockdiff",
+            version=__version__,
+            lifespan=_lifespan,
+            docs_url=None,  # its page asks other hosts
+            redoc_url=None,
+            redirect_slashes=False,  # it would tell an address of its own making
+            responses=_ERRORS,
         )
         self.add_middleware(Guards, settings=settings, tell=self._tell)
         if settings.origins:
@@ -153,6 +161,7 @@ def _add_routes(app: Application) -> None:
 
         return EventSourceResponse(events(), sep="\n", ping=0)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Response:
         if app.desk.stopping or app.worker.died:
@@ -169,7 +178,7 @@ def _add_routes(app: Application) -> None:
 
     for path, (file, kind) in _PAGES.items():
         content = (resources.files("blockdiff.serve") / "static" / file).read_bytes()
-        app.add_api_route(path, _page(content, kind), include_in_schema=False, methods=["GET"])
+        app.add_api_route(path, _page(content, kind), include_in_schema=False, methods=["GET", "HEAD"])
 
 
 def _page(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
@@ -185,7 +194,7 @@ async def _answer(app: Application, http: Request, read: Callable[[], Order]) ->
     visit = app.desk.open(order)
     settings = app.settings
     if order.stream:
-        return EventSourceResponse(
+        return _Stream(
             visit.stream(),
             sep="\n",
             ping=settings.keep_alive,
@@ -194,6 +203,16 @@ async def _answer(app: Application, http: Request, read: Callable[[], Order]) ->
         )
     answer = await visit.whole(http)
     return Response(status_code=499) if answer is None else answer
+
+
+class _Stream(EventSourceResponse):
+    """A stream whose client is given up, in one line of the log, when it takes nothing."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except SendTimeoutError:
+            log.info("a client took nothing for %g s and was given up", self.send_timeout)
 
 
 def _refused(http: Request, error: Exception) -> Response:

@@ -65,7 +65,6 @@ class Desk:
         self._visits.discard(visit)
         if visit.open:
             self.worker.cancel(visit.tickets)
-            self.metrics.ended.labels("disconnect").inc(visit.open)
 
     def ended(self, visit: _Visit, index: int, output: Output, reason: str) -> None:
         self._recent.append(time.perf_counter() - visit.began)
@@ -91,7 +90,7 @@ class _Visit:
         self.desk, self.order = desk, order
         self.reply = Reply(order, desk.settings.name)
         self.began = time.perf_counter()
-        self.open = len(order.requests)
+        self.open = self._unread = len(order.requests)  # texts that the engine has not ended, and whose end is unread
         self._inbox: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._timed_out = False
         self.tickets = [
@@ -100,13 +99,19 @@ class _Visit:
         ]
 
     def _deliver(self, index: int, event: Event) -> None:
+        """From the engine, whether or not somebody still reads: an ended text is counted, and its place is free."""
+        if isinstance(event, Done):
+            self.desk.ended(self, index, event.output, event.reason)
+        if isinstance(event, Fault):
+            self.desk.metrics.ended.labels("fault").inc()
+        self.open -= isinstance(event, Done | Fault)
         self._inbox.put_nowait((index, event))
 
     async def _events(self) -> AsyncIterator[tuple[int, Event]]:
         """What happens to the texts, until all have ended; at the deadline they are ended."""
         deadline = self.began + self.desk.settings.timeout
         first = True
-        while self.open:
+        while self._unread:
             left = deadline - time.perf_counter()
             try:
                 async with asyncio.timeout(_LOOK_SECONDS if self._timed_out else min(max(left, 0), _LOOK_SECONDS)):
@@ -128,9 +133,8 @@ class _Visit:
             yield index, event
 
     def _end(self, index: int, event: Done) -> None:
-        self.open -= 1
+        self._unread -= 1
         self.reply.choices[index].output = event.output
-        self.desk.ended(self, index, event.output, event.reason)
         says = {
             "timeout": f"ended early: a request may take {self.desk.settings.timeout:g} s here",
             "shutdown": "ended early: the server stops",

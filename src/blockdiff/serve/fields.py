@@ -27,6 +27,7 @@ def _only(reason: str, *neutral: Any) -> AfterValidator:
 
 _PENALTY = _only("is not supported: a penalty would depend on the order in which tokens are filled; leave it at 0", 0)
 _TOOLS = _only("is not supported: the model's answers are text only; leave it out", [])
+_NO_PLACE = _only("is not supported: templates have no place for it")
 _ORDER = "an honest value would need the alternatives at the step at which each token was filled, which are not kept"
 
 
@@ -103,7 +104,12 @@ class TextPart(_Body):
 class Message(_Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart] = Field(description="a text, or a list of text parts")
-    name: Annotated[str | None, _only("is not supported: templates have no place for it")] = None
+    name: Annotated[str | None, _NO_PLACE] = None
+    refusal: Annotated[str | None, _NO_PLACE] = None  # this and the rest come back in an answer that is sent again
+    audio: Annotated[Any | None, _NO_PLACE] = None
+    function_call: Annotated[Any | None, _NO_PLACE] = None
+    tool_calls: Annotated[list[Any] | None, _TOOLS] = None
+    annotations: Annotated[list[Any] | None, _TOOLS] = None
 
     @property
     def text(self) -> str:

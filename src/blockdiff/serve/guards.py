@@ -61,7 +61,7 @@ class Guards:
         try:
             await self._guarded(scope, receive, counted)
         except Exception:
-            status = 500
+            status = 500 if status == 499 else status
             raise
         finally:
             self._tell(scope["method"], scope["path"], status, time.perf_counter() - began)
@@ -91,6 +91,8 @@ class Guards:
         await self.app(scope, replay, send)
 
     def _refused(self, path: str, headers: Headers) -> JSONResponse | None:
+        if "content-length" in headers and "transfer-encoding" in headers:
+            return problem(400, "Content-Length and Transfer-Encoding say two things; send one of them")
         if self.settings.hosts and _host(headers.get("host", "")) not in self.settings.hosts:
             return problem(400, "this Host is not served here (blockdiff serve --allow-host)", code="unknown_host")
         if not self._keys or path in OPEN_PATHS:

@@ -15,18 +15,19 @@ from sse_starlette.sse import AppStatus
 from blockdiff.serve.app import Application
 from blockdiff.serve.guards import HEADER_BYTES
 
+_DEAF_SECONDS = 600
 _END_SECONDS = 5  # for what was ended to be sent
 
 
-def listen_on(host: str, port: int, send_seconds: float) -> socket.socket:
+def listen_on(host: str, port: int) -> socket.socket:
     """A listening socket. Raises OSError where the address is taken or unknown.
 
-    Connections whose client takes nothing for `send_seconds` are dropped by the kernel, where it can.
+    Connections whose client takes nothing for ten minutes are dropped by the kernel, where it can.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.create_server((host, port), family=family, backlog=1024)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(send_seconds * 1000))
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _DEAF_SECONDS * 1000)
     return listening
 
 

@@ -12,7 +12,7 @@ from blockdiff.serve.worker import Stats, Worker
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 _RATIOS = (0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-_REASONS = ("end", "stop", "length", "timeout", "shutdown", "disconnect")
+_REASONS = ("end", "stop", "length", "timeout", "shutdown", "disconnect", "fault")
 _TOKENS = ("prompt", "cached_prompt", "completion")
 _FORWARDS = ("denoise", "commit", "verify")
 

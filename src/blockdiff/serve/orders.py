@@ -96,8 +96,8 @@ class Clerk:
         if body.echo and body.logprobs is not None:
             raise Refused("echo: not together with logprobs, since a prompt's tokens were not filled", "echo")
         limit = _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        leads = [text if body.echo else "" for text, _ in prompts]
-        if body.echo and not isinstance(body.prompt, str) and any(not text for text, _ in prompts):
+        leads = [text or "" if body.echo else "" for text, _ in prompts]
+        if body.echo and any(text is None for text, _ in prompts):
             raise Refused("echo: give the prompt as text, not as token ids", "echo")
         return self._order(body, [ids for _, ids in prompts], leads, limit, False, body.logprobs is not None)
 
@@ -134,21 +134,21 @@ class Clerk:
         if isinstance(body.stop, list) and len(body.stop) > _STOPS:
             raise Refused(f"stop: {len(body.stop)} texts; give at most {_STOPS}", "stop")
 
-    def _prompts(self, prompt: str | list[str] | list[int] | list[list[int]]) -> list[tuple[str, list[int]]]:
-        """Each prompt's text ('' where it came as tokens) and tokens."""
+    def _prompts(self, prompt: str | list[str] | list[int] | list[list[int]]) -> list[tuple[str | None, list[int]]]:
+        """Each prompt's text (None where it came as tokens) and tokens."""
         single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
         given: Sequence[Any] = [prompt] if single else prompt
         if not given:
             raise Refused("prompt: the list is empty; give at least one prompt", "prompt")
         if len(given) > self.settings.choices:
             raise Refused(f"prompt: {len(given)} prompts; give at most {self.settings.choices}", "prompt")
-        found = []
+        found: list[tuple[str | None, list[int]]] = []
         for one in given:
             if isinstance(one, str):
                 with self._lock:
                     found.append((one, self._about("prompt", self.model.encode, one)))
             else:
-                found.append(("", list(one)))
+                found.append((None, list(one)))
             if not found[-1][1]:
                 raise Refused("prompt: it has no tokens; give some text", "prompt")
         return found
@@ -191,7 +191,7 @@ class Clerk:
             if (mask := self.model.spec.mask_id) is not None and mask in ids:
                 text = f"{field}: it holds the [MASK] token ({mask}), and a prompt is decided text; leave it out"
                 raise Refused(text, field)
-            own = replace(template, prompt=tuple(ids), max_new_tokens=self._limit(len(ids), limit))
+            own = replace(template, prompt=tuple(ids), max_new_tokens=self._limit(len(ids), limit, field))
             self._about(field, self.check, own)
             if (problem := self._covered(own)) is not None:
                 warnings.append(problem)
@@ -228,7 +228,7 @@ class Clerk:
         temperature = 1.0 if body.temperature is None else body.temperature
         return Sampling(temperature, body.options.top_k, 1.0 if body.top_p is None else body.top_p)
 
-    def _limit(self, prompt: int, asked: int | None) -> int:
+    def _limit(self, prompt: int, asked: int | None, source: str) -> int:
         """How many tokens a text may have."""
         context = self.model.context_length
         room = context - prompt
@@ -236,7 +236,7 @@ class Clerk:
         if asked is not None and asked > most:
             raise Refused(f"max_tokens: {asked}; this server allows {most}", "max_tokens")
         if room < 1 or (asked is not None and asked > room):
-            field = "prompt" if asked is None or room < 1 else "max_tokens"
+            field = source if asked is None or room < 1 else "max_tokens"
             wanted = "" if asked is None else f" and {asked} new ones"
             raise Refused(
                 f"{field}: the context holds {context} tokens, and the prompt has {prompt}{wanted}: shorten them",
@@ -263,6 +263,9 @@ class Clerk:
             raise Refused(text, param if own == "prompt" else own) from error
 
 
+_THEIRS = {"max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p"}
+
+
 def _with_generation_config(body: ChatBody) -> ChatBody:
     """What `transformers chat` asks for in its own words, in OpenAI's."""
     name = "generation_config"
@@ -273,15 +276,21 @@ def _with_generation_config(body: ChatBody) -> ChatBody:
     if not isinstance(asked, dict):
         raise Refused(f"{name}: give a JSON object", name)
     asked = {key: value for key, value in asked.items() if value is not None and key != "transformers_version"}
+    tree = {key: value for key, value in body.model_dump(exclude={name}).items() if value is not None}
+    wanted = {ours: asked.pop(theirs) for theirs, ours in _THEIRS.items() if theirs in asked}
     sampled = asked.pop("do_sample", True)
-    tree = body.model_dump(exclude_unset=True, exclude={name})
-    for theirs, ours in (("max_new_tokens", "max_tokens"), ("temperature", "temperature"), ("top_p", "top_p")):
-        if theirs in asked:
-            tree.setdefault(ours, asked.pop(theirs))
+    if not isinstance(sampled, bool):
+        raise Refused(f"{name}: do_sample is true or false", name)
+    if not sampled:  # then transformers passes a temperature by
+        wanted["temperature"] = 0.0
+    for ours, value in wanted.items():
+        if tree.get(ours, value) != value:
+            raise Refused(f"{name}: it asks for another {ours} than the request itself; give one of them", name)
+    if body.options.top_k and asked.get("top_k", body.options.top_k) != body.options.top_k:
+        raise Refused(f"{name}: it asks for another top_k than the request itself; give one of them", name)
+    tree |= wanted
     if "top_k" in asked:
-        tree["diffusion"] = {"top_k": asked.pop("top_k"), **(tree.get("diffusion") or {})}
-    if not sampled:
-        tree["temperature"] = 0.0
+        tree["diffusion"] = {**tree.get("diffusion", {}), "top_k": asked.pop("top_k")}
     if asked:
         first = _shown(next(iter(asked)))
         raise Refused(f"{name}: {first} is not supported; leave it out", name)

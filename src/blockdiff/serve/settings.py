@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from blockdiff.engine import Limits
@@ -16,7 +17,7 @@ class Settings:
     max_tokens: of one text (0: the model's context); largest_block: block size (0: the largest that training had);
     choices: texts of one request; threads: of a pass (0: one or all processors, whichever is faster); running, waiting:
     texts served at once, and beyond them; timeout: seconds for a request, from its last byte to its last token;
-    body_bytes, body_seconds: of a request's body; send_seconds: after which a client that does not read is dropped;
+    body_bytes, body_seconds: of a request's body; send_seconds: after which a stream that nobody takes is ended;
     keep_alive: seconds between comments in a silent stream; grace: seconds for running requests after a stop; hosts:
     names that the Host header may have (empty: any); origins: of other sites' pages that may call (CORS);
     strict_coverage: refuse what training does not cover; log_prompts: whether prompts and texts go into the log."""
@@ -46,11 +47,11 @@ class Settings:
         for key in self.api_keys:
             if not (key.isascii() and key.isprintable() and key and " " not in key):
                 raise ValueError("--api-key: give printable ASCII characters without spaces")
-        for name in ("choices", "running", "body_bytes", "timeout", "body_seconds", "send_seconds", "keep_alive"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"serve: {name} is {getattr(self, name)}; give a number above 0")
-        if min(self.max_tokens, self.threads, self.largest_block, self.waiting, self.grace) < 0:
-            raise ValueError("serve: max_tokens, waiting and grace cannot be negative")
+        above = ("choices", "running", "body_bytes", "timeout", "body_seconds", "send_seconds", "keep_alive")
+        for name in (*above, "max_tokens", "largest_block", "threads", "waiting", "grace"):
+            value, least = getattr(self, name), "above 0" if name in above else "of 0 or more"
+            if not (math.isfinite(value) and (value > 0 or (value == 0 and name not in above))):
+                raise ValueError(f"serve: {name} is {value}; give a number {least}")
 
 
 def engine_limits(model: BlockDiffusionModel, settings: Settings, cache_tokens: int, free_bytes: int) -> Limits:
