@@ -75,6 +75,8 @@ def _check_policy(model: BlockDiffusionModel, request: Request) -> None:
     for part, name in ((policy.search, "particles"), (policy.refine, "refine")):
         if part is not None and (request.lossless or request.given or request.constraint is not None):
             raise ValueError(f"policy: {name} goes with neither lossless decoding nor infilling nor a constraint")
+    if policy.refine is not None and not model.spec.is_diffusion:
+        raise ValueError("policy: refine fills masks anew, and this is an autoregressive checkpoint without a [MASK]")
     if "unconditional" in policy.needs:
         if model.spec.mask_id is None:
             raise ValueError("policy: guidance hides the prompt behind [MASK], and this model has none")

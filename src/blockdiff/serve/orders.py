@@ -105,9 +105,8 @@ class Clerk:
         if body.generation_config is not None:
             body = _with_generation_config(body)
         self._check_common(body)
-        for name, asked in (("top_logprobs", body.top_logprobs), ("logprobs", body.logprobs)):
-            if name == "top_logprobs" and asked is not None and not body.logprobs:
-                raise Refused("top_logprobs: only together with logprobs", "top_logprobs")
+        if body.top_logprobs is not None and not body.logprobs:
+            raise Refused("top_logprobs: only together with logprobs", "top_logprobs")
         newer, older = body.max_completion_tokens, body.max_tokens
         if newer is not None and older is not None and newer != older:
             raise Refused("max_tokens and max_completion_tokens differ; give one of them", "max_completion_tokens")
