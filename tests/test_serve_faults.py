@@ -99,6 +99,19 @@ def test_a_client_that_leaves_frees_its_text(server: Server):
         assert 0 < server.metric("forwards") - before < 3000  # what was computed for it is counted
 
 
+def test_a_client_that_leaves_at_once_leaves_nothing(server: Server):
+    """Gone before the stream has begun, at any moment of it: no place stays taken."""
+    for pause in (0.0, 0.001, 0.002, 0.005, 0.01, 0.02) * 4:
+        data = json.dumps({**LONG, "stream": True}).encode()
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(headed(len(data)) + data)
+            time.sleep(pause)
+    assert server.settled("running", 0)
+    assert server.settled("waiting", 0)
+    assert server.settled("pages_in_use", 0)
+    assert server.settled("open_requests", 0)
+
+
 def test_a_text_is_freed_within_one_step(trained: Path):
     """Asked of the worker itself: after `end` the engine makes no step for that text."""
     import asyncio

@@ -23,7 +23,7 @@ from blockdiff import __version__
 from blockdiff.api import Model
 from blockdiff.engine import Engine, Limits
 from blockdiff.serve.capabilities import capabilities
-from blockdiff.serve.desk import Desk
+from blockdiff.serve.desk import Desk, Visit
 from blockdiff.serve.fields import ChatBody, CompletionBody, LoadBody
 from blockdiff.serve.guards import OPEN_PATHS, Guards, problem
 from blockdiff.serve.metrics import Metrics
@@ -192,27 +192,33 @@ async def _answer(app: Application, http: Request, read: Callable[[], Order]) ->
     """Read the body's order, have it written, and answer as it asks."""
     order = await run_in_threadpool(read)
     visit = app.desk.open(order)
-    settings = app.settings
     if order.stream:
-        return _Stream(
+        return _Stream(visit)
+    answer = await visit.whole(http)
+    return Response(status_code=499) if answer is None else answer
+
+
+class _Stream(EventSourceResponse):
+    """A visit's stream. However it ends, before it has begun too, the visit is closed."""
+
+    def __init__(self, visit: Visit) -> None:
+        settings = visit.desk.settings
+        super().__init__(
             visit.stream(),
             sep="\n",
             ping=settings.keep_alive,
             ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
             send_timeout=settings.send_seconds,
         )
-    answer = await visit.whole(http)
-    return Response(status_code=499) if answer is None else answer
-
-
-class _Stream(EventSourceResponse):
-    """A stream whose client is given up, in one line of the log, when it takes nothing."""
+        self._visit = visit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         except SendTimeoutError:
             log.info("a client took nothing for %g s and was given up", self.send_timeout)
+        finally:
+            self._visit.desk.close(self._visit)
 
 
 def _refused(http: Request, error: Exception) -> Response:

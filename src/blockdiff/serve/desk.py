@@ -33,7 +33,8 @@ class Desk:
     def __init__(self, worker: Worker, settings: Settings, metrics: Metrics) -> None:
         self.worker, self.settings, self.metrics = worker, settings, metrics
         self.stopping = False
-        self._visits: set[_Visit] = set()
+        self._visits: set[Visit] = set()
+        metrics.open.set_function(lambda: len(self._visits))
         self._recent: deque[float] = deque([1.0], maxlen=32)  # seconds of the last texts
 
     @property
@@ -47,7 +48,7 @@ class Desk:
         mean = sum(self._recent) / len(self._recent)
         return min(max(math.ceil(mean * self.settings.waiting / self.settings.running), 1), 60)
 
-    def open(self, order: Order) -> _Visit:
+    def open(self, order: Order) -> Visit:
         """Hand an order to the engine. Raises Refused where every place is taken or the server stops."""
         most = self.settings.running + self.settings.waiting
         if self.stopping or self.worker.died:
@@ -55,18 +56,18 @@ class Desk:
         if self.texts + len(order.requests) > most:
             text = f"{self.texts} texts are being written or wait, of {most} possible; try again in {self.wait} s"
             raise Refused(text, status=429, code="queue_full", wait=self.wait)
-        visit = _Visit(self, order)
+        visit = Visit(self, order)
         self._visits.add(visit)
         self.worker.submit(visit.tickets)
         return visit
 
-    def close(self, visit: _Visit) -> None:
+    def close(self, visit: Visit) -> None:
         """Whatever of it still runs is given up."""
         self._visits.discard(visit)
         if visit.open:
             self.worker.cancel(visit.tickets)
 
-    def ended(self, visit: _Visit, index: int, output: Output, reason: str) -> None:
+    def ended(self, visit: Visit, index: int, output: Output, reason: str) -> None:
         self._recent.append(time.perf_counter() - visit.began)
         if self.settings.log_prompts:
             prompt = self.worker.engine.tokenizer.decode(visit.order.requests[index].prompt)
@@ -83,7 +84,7 @@ class Desk:
             self.worker.end(visit.tickets, "shutdown")
 
 
-class _Visit:
+class Visit:
     """One HTTP request at the desk."""
 
     def __init__(self, desk: Desk, order: Order) -> None:
@@ -139,7 +140,7 @@ class _Visit:
             "timeout": f"ended early: a request may take {self.desk.settings.timeout:g} s here",
             "shutdown": "ended early: the server stops",
         }
-        if event.reason and says[event.reason] not in self.reply.warnings:
+        if event.reason in says and says[event.reason] not in self.reply.warnings:
             self.reply.warnings.append(says[event.reason])
 
     def _refuse_if_never_begun(self) -> None:
@@ -173,7 +174,7 @@ class _Visit:
                 self.reply.take(index, event)
 
     async def stream(self) -> AsyncIterator[ServerSentEvent]:
-        """The answer piece by piece. Whatever ends this, a client that leaves too, frees its texts."""
+        """The answer piece by piece. Who reads it closes the visit."""
         try:
             for index in range(len(self.reply.choices)):
                 yield _sent(self.reply.first(index))
@@ -191,8 +192,6 @@ class _Visit:
         except Refused as refusal:
             error = {"message": refusal.message, "type": "server_error", "param": None, "code": refusal.code}
             yield _sent({"error": error})
-        finally:
-            self.desk.close(self)
 
 
 def _sent(chunk: dict[str, Any], event: str | None = None) -> ServerSentEvent:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from blockdiff.engine import Output
@@ -27,6 +27,7 @@ class Metrics:
         self.requests = Counter(
             "blockdiff_requests", "Requests answered, by route and status.", ["route", "status"], registry=own
         )
+        self.open = Gauge("blockdiff_open_requests", "Requests that are not answered yet.", registry=own)
         self.ended = Counter("blockdiff_texts", "Texts that ended, by reason.", ["reason"], registry=own)
         self.tokens = Counter("blockdiff_tokens", "Tokens read and written.", ["kind"], registry=own)
         self.forwards = Counter("blockdiff_forwards", "Forwards of texts, by kind.", ["kind"], registry=own)
