@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -422,6 +423,31 @@ def test_a_new_training_forgets_the_documents_of_the_old(trained, tmp_path):
     config = tiny_config(tmp_path, model={"architecture": None, "init": str(trained / "checkpoint")})
     bridge = build_model(make_config(config))
     assert (bridge.spec.documents, bridge.spec.trained_tokens) == ((), 0)
+
+
+@pytest.mark.parametrize("layout", [ScaleMixture(8, {4: 0.3}), Fixed(4), AR()], ids=lambda layout: layout.kind)
+def test_a_problem_is_found_without_the_ratios(layout):
+    bridge = tiny.model()
+    bridge.spec = replace(bridge.spec, layout=layout, trained_length=64, ar_trained=True)
+    problems = set()
+    for prompt, size, tokens, policy in product((1, 10), (1, 3, 4, 16), (8, 70), ("threshold", "first_hitting")):
+        asked = {"block_size": size, "max_new_tokens": tokens, "policy": POLICIES[policy]}
+        whole = evaluate.decode_coverage(bridge, [prompt], **asked)
+        found = evaluate.decode_problem(bridge, prompt, **asked)
+        assert found == whole.problem
+        assert (found is None) == whole.covered
+        problems.add(found)
+    assert len(problems) > 2
+    assert None in problems
+
+
+def test_what_was_trained_is_looked_up_anew_where_it_changes():
+    bridge = tiny.model()
+    bridge.spec = replace(bridge.spec, layout=Fixed(4), trained_length=64)
+    before = evaluate.trained_calls(bridge)
+    assert evaluate.trained_calls(bridge) is before
+    bridge.spec = replace(bridge.spec, layout=Fixed(8))
+    assert evaluate.trained_calls(bridge) is not before
 
 
 def test_a_model_without_a_training_says_so():

@@ -205,8 +205,8 @@ class Model(BlockDiffusionModel):
             return None
         size = 1 if request.lossless else request.block_size  # a draft that is not covered costs speed, not text
         tokens = min(request.max_new_tokens, self.context_length - len(request.prompt))
-        found = self.coverage(len(request.prompt), max_new_tokens=tokens, block_size=size, policy=request.policy)
-        return found.problem
+        prompt, policy = len(request.prompt), request.policy
+        return evaluate.decode_problem(self, prompt, block_size=size, max_new_tokens=tokens, policy=policy)
 
     def encode(self, text: str) -> list[int]:
         """The prompt's tokens, as training made them: with the beginning token where the tokenizer adds one."""

@@ -16,7 +16,7 @@ What a confidence policy leaves masked is known only afterwards, from traces (`C
 The clean context is no part of a configuration: under `block_causal` the cache also depends on how the prefix was cut.
 """
 
-from blockdiff.coverage.comparison import RARE_VISITS, Coverage, Violation, compare
+from blockdiff.coverage.comparison import RARE_VISITS, Coverage, Violation, compare, problem_of, violations_of
 from blockdiff.coverage.order import Order
 from blockdiff.coverage.requested import Calls, decode_calls, grid_calls, traced_calls
 from blockdiff.coverage.trained import Cell, SpanShare, Trained, histogram, trained
@@ -34,6 +34,8 @@ __all__ = [
     "decode_calls",
     "grid_calls",
     "histogram",
+    "problem_of",
     "traced_calls",
     "trained",
+    "violations_of",
 ]

@@ -6,7 +6,7 @@ Shapes: C cells.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,10 +81,7 @@ class Coverage:
     @property
     def problem(self) -> str | None:
         """What is not covered, in a sentence; None where all is."""
-        if self.covered:
-            return None
-        worst = self.worst
-        return f"not covered by training ({worst.kind}, {worst.share:.0%} of the calls): {worst.sentence}"
+        return problem_of(self.violations)
 
     def excess_risk_bound(self, excess_under_mu: float) -> float:
         """Largest excess risk under pi of a model with this one under mu; infinite where something is uncovered.
@@ -133,6 +130,19 @@ def compare(mu: Trained, pi: Calls) -> Coverage:
         order_sentence=order.sentence,
         order_gain=_order_gain(mu, pi),
     )
+
+
+def violations_of(mu: Trained, pi: Calls) -> tuple[Violation, ...]:
+    """What training does not cover of these calls, the most frequent first: that of `compare` without its ratios."""
+    return _violations(mu, pi, mu.visits(pi.cells) / mu.calls <= TOLERANCE)
+
+
+def problem_of(violations: Sequence[Violation]) -> str | None:
+    """The most frequent violation in a sentence; None where there is none."""
+    if not violations:
+        return None
+    worst = max(violations, key=lambda violation: violation.calls)
+    return f"not covered by training ({worst.kind}, {worst.share:.0%} of the calls): {worst.sentence}"
 
 
 def _order_gain(mu: Trained, pi: Calls) -> float | None:

@@ -3,7 +3,13 @@
 from blockdiff.evaluate.answers import Answer, AnswerRow, Asking, answer_task, check_asking
 from blockdiff.evaluate.bounds import BoundRow, bound, check_bound, document_nll, unigram
 from blockdiff.evaluate.compare import Comparison, compare
-from blockdiff.evaluate.coverage import decode_coverage, evaluation_coverage, output_coverage, trained_calls
+from blockdiff.evaluate.coverage import (
+    decode_coverage,
+    decode_problem,
+    evaluation_coverage,
+    output_coverage,
+    trained_calls,
+)
 from blockdiff.evaluate.frontier import FrontierRow, check_frontier, data_point, measure_frontier
 from blockdiff.evaluate.judge import Judged, judge_texts, tokenizer_of
 from blockdiff.evaluate.length import check_length, measure_way
@@ -34,6 +40,7 @@ __all__ = [
     "compare",
     "data_point",
     "decode_coverage",
+    "decode_problem",
     "document_nll",
     "evaluation_coverage",
     "gradient_variance",

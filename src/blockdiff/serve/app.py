@@ -190,6 +190,7 @@ def _page(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
 
 async def _answer(app: Application, http: Request, read: Callable[[], Order]) -> Response | dict[str, Any]:
     """Read the body's order, have it written, and answer as it asks."""
+    app.desk.look(1)  # before anything is computed
     order = await run_in_threadpool(read)
     visit = app.desk.open(order)
     if order.stream:

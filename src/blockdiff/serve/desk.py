@@ -48,14 +48,18 @@ class Desk:
         mean = sum(self._recent) / len(self._recent)
         return min(max(math.ceil(mean * self.settings.waiting / self.settings.running), 1), 60)
 
-    def open(self, order: Order) -> Visit:
-        """Hand an order to the engine. Raises Refused where every place is taken or the server stops."""
+    def look(self, texts: int) -> None:
+        """Raises Refused where so many texts have no place, or the server stops."""
         most = self.settings.running + self.settings.waiting
         if self.stopping or self.worker.died:
             raise Refused("the server is stopping", status=503, code="stopping", wait=5)
-        if self.texts + len(order.requests) > most:
+        if self.texts + texts > most:
             text = f"{self.texts} texts are being written or wait, of {most} possible; try again in {self.wait} s"
             raise Refused(text, status=429, code="queue_full", wait=self.wait)
+
+    def open(self, order: Order) -> Visit:
+        """Hand an order to the engine. Raises Refused as `look` does."""
+        self.look(len(order.requests))
         visit = Visit(self, order)
         self._visits.add(visit)
         self.worker.submit(visit.tickets)

@@ -7,7 +7,6 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 from blockdiff.api import Model
@@ -86,7 +85,6 @@ class Clerk:
         self.model, self.check, self.settings = model, check, settings
         self.block_sizes = block_sizes(model, settings)
         self._lock = threading.Lock()
-        self._uncovered = lru_cache(1024)(model.uncovered)
 
     # ---- the two kinds of bodies
 
@@ -246,7 +244,7 @@ class Clerk:
 
     def _covered(self, request: Request) -> str | None:
         """What training does not cover of it: a warning, or a refusal where that is strict."""
-        problem: str | None = self._uncovered(_alike(request))
+        problem = self.model.uncovered(request)
         if problem is not None and self.settings.strict_coverage:
             raise Refused(problem, "diffusion.block_size", code="not_covered")
         return problem
@@ -297,11 +295,6 @@ def _with_generation_config(body: ChatBody) -> ChatBody:
         return ChatBody.model_validate(tree)
     except ValueError as error:
         raise Refused(f"{name}: a value in it is out of range", name) from error
-
-
-def _alike(request: Request) -> Request:
-    """The request without what coverage does not depend on."""
-    return replace(request, prompt=(0,) * len(request.prompt), sampling=Sampling(), seed=0, stop=())
 
 
 def _role(name: str) -> str:
