@@ -243,7 +243,7 @@ def test_too_many_texts_are_told_to_come_back(narrow: Server):
 
 
 def test_a_request_that_takes_too_long_ends_with_what_it_has(narrow: Server):
-    body = {**LONG, "diffusion": {"block_size": 4, "policy": "random + reverse(steps=200)"}}
+    body = {**LONG, "diffusion": {"block_size": 4, "policy": "random + reverse(steps=100)"}}
     answer = narrow.complete(**body)
     assert answer["choices"][0]["finish_reason"] == "length"
     assert 0 < answer["usage"]["completion_tokens"] < 120
@@ -272,7 +272,7 @@ def test_killed_and_started_again(trained: Path, tmp_path: Path):
 
 
 def test_a_stop_lets_running_requests_finish(trained: Path, tmp_path: Path):
-    body = {**LONG, "seed": 4, "diffusion": {"block_size": 8, "policy": "random + reverse(steps=60)"}}
+    body = {**LONG, "seed": 4, "diffusion": {"block_size": 8, "policy": "random + reverse(steps=30)"}}
     with serving(trained / "checkpoint", tmp_path) as server:
         alone = server.text(**body)
         with ThreadPoolExecutor(2) as pool, opened(server, body) as stream:
