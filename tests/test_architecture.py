@@ -27,6 +27,7 @@ LAYERS = [
         "loading",
         "data",
         "datafiles",
+        "parts",
         "longtext",
         "tokenizer",
         "presets",
@@ -36,9 +37,9 @@ LAYERS = [
     {"trainer", "engine", "evaluate", "explain"},
     {"building", "training", "api", "report", "demo", "experiment", "sample", "owntext", "bench", "frontier", "curves"}
     | {"harness", "trace"},
-    {"serve", "chat"},
+    {"serve", "chat", "batch"},
     {"cli_options", "cli_data", "cli_evaluate", "cli_experiment", "cli_generate", "cli_bench", "cli_tasks", "cli_serve"}
-    | {"cli", "cli_chat", "__main__"},
+    | {"cli", "cli_chat", "cli_batch", "__main__"},
 ]
 MATH = {"rng", "layout", "distributions", "noise", "masks", "objectives", "reference", "decode", "curriculum"}
 MATH |= {"coverage", "cross_entropy", "passes", "partitions", "masking", "ablations"}

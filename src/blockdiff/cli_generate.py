@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from blockdiff.cli_batch import answer_rows
 from blockdiff.cli_options import (
     BlockSize,
     JsonFile,
@@ -45,7 +46,20 @@ Steps = Annotated[bool, typer.Option("--show-steps", help="Show each block as it
 
 def generate(
     path: ModelPath,
-    prompt: Annotated[list[str], typer.Option("--prompt", help="Text to continue; give it several times for a batch.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Text to continue; give it several times for a batch.")
+    ] = None,
+    rows: Annotated[
+        Path | None, typer.Option("--input", help="File of rows to answer instead (.jsonl): prompt or messages.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Directory of the answers to --input; it goes on where it stopped.")
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="Share of --input, e.g. 0/4 to 3/4; default: the process's own under torchrun.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Texts of --input written at once.", min=1)] = 64,
+    chat_template: Annotated[Path | None, typer.Option(help="File of a chat template (Jinja).")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
     block_size: BlockSize = None,
     policy: ChosenPolicy = None,
@@ -73,14 +87,38 @@ def generate(
     seed: Seed = 0,
     json_file: JsonFile = None,
 ) -> None:
-    """Continue a prompt, several tokens at a time."""
+    """Continue a prompt, several tokens at a time; or answer the rows of a file into a directory (--input)."""
     from blockdiff.decode import Sampling, named
     from blockdiff.runtime import record
     from blockdiff.trace import Recorder
 
     asked = [value is not None for value in (policy, threshold, per_step, left_bias)]
     chosen = chosen_policy(policy or "threshold", threshold, per_step, left_bias) if any(asked) else None
-    sampling = Sampling(temperature, top_k, top_p)
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "block_size": block_size,
+        "policy": chosen,
+        "sampling": Sampling(temperature, top_k, top_p),
+        "seed": seed,
+        "stop": tuple(stop or ()),
+        "lossless": lossless,
+        "stepwise": stepwise,
+        "max_forwards": max_forwards,
+        "regex": regex,
+        "json_schema": _schema(json_schema),
+    }
+    if rows is not None:
+        if prompt or show_steps or trace is not None:
+            raise ValueError("--input goes with neither --prompt nor --show-steps nor --trace")
+        if output is None:
+            raise ValueError("--input needs --output, the directory of the answers")
+        options |= {"strict_coverage": strict_coverage, "running": batch}
+        answer_rows(path, rows, output, options, shard=shard, chat_template=chat_template, json_file=json_file)
+        return
+    if not prompt:
+        raise ValueError("give a text to continue (--prompt), or a file of rows (--input)")
+    if output is not None or shard is not None or chat_template is not None:
+        raise ValueError("--output, --shard and --chat-template go with --input")
     model = load_model(path)
     covered_size = 1 if lossless else block_size  # a draft that training does not cover costs speed, not text
     _check_coverage(model, prompt, max_new_tokens, covered_size, chosen, strict_coverage)
@@ -88,29 +126,14 @@ def generate(
     show = StepPrinter(model) if show_steps else None
     stream = _Stream(prompt[0]) if single and not show_steps else None
     recorder = None if trace is None else Recorder()
-    outputs = model.generate(
-        prompt,
-        max_new_tokens=max_new_tokens,
-        block_size=block_size,
-        policy=chosen,
-        sampling=sampling,
-        seed=seed,
-        stop=stop or [],
-        lossless=lossless,
-        stepwise=stepwise,
-        max_forwards=max_forwards,
-        regex=regex,
-        json_schema=_schema(json_schema),
-        on_text=stream,
-        on_step=_together(show, recorder),
-    )
-    for number, output in enumerate(outputs):
+    outputs = model.generate(prompt, on_text=stream, on_step=_together(show, recorder), **options)
+    for number, answer in enumerate(outputs):
         if stream is not None:
             stream(0, "\n")
         else:
-            out.print(f"[{number}] " * (not single) + prompt[number] + output.text)
-        err.print(_summary(output), style="dim", highlight=False)
-    results = [output.to_json() for output in outputs]
+            out.print(f"[{number}] " * (not single) + prompt[number] + answer.text)
+        err.print(_summary(answer), style="dim", highlight=False)
+    results = [answer.to_json() for answer in outputs]
     contents: dict[str, Any] = results[0] if single else {"outputs": results}
     write_result(json_file, record("generate", seed, prompts=prompt, **contents))
     if recorder is not None:
@@ -118,11 +141,11 @@ def generate(
         way = "the fastest drafts" if lossless and chosen is None else str(chosen or named("threshold"))
         name = ("one token at a time" if size == 1 else f"blocks of {size}") + ", lossless" * lossless
         settings = {"name": name, "block_size": size, "policy": way, "temperature": temperature}
-        rows = [
-            {**settings, "seed": seed + number, **recorder.trace(model, number, text, output)}
-            for number, (text, output) in enumerate(zip(prompt, outputs, strict=True))
+        traces = [
+            {**settings, "seed": seed + number, **recorder.trace(model, number, text, answer)}
+            for number, (text, answer) in enumerate(zip(prompt, outputs, strict=True))
         ]
-        write_result(trace, record("generate", seed, model=path, rows=rows))
+        write_result(trace, record("generate", seed, model=path, rows=traces))
 
 
 def infill(

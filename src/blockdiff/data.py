@@ -314,7 +314,7 @@ def _encode(
         try:
             if _is_text(row):
                 documents.append(encoder.text(row["text"], next(encoded), name))
-            elif isinstance(row.get("messages"), list) and all(_is_message(m) for m in row["messages"]):
+            elif isinstance(row.get("messages"), list) and all(is_message(m) for m in row["messages"]):
                 documents.append(encoder.chat(row["messages"], name))
             elif isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str) and row["completion"]:
                 documents.append(encoder.completion(row["prompt"], row["completion"], name))
@@ -332,7 +332,8 @@ def _is_text(row: dict[str, Any]) -> bool:
     return isinstance(row.get("text"), str) and bool(row["text"].strip())
 
 
-def _is_message(message: Any) -> bool:
+def is_message(message: Any) -> bool:
+    """Whether this is a turn of a conversation: an object with the texts role and content."""
     return (
         isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
     )

@@ -77,30 +77,43 @@ def _text_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield str(path), {"text": text}
 
 
-def _json_lines(path: Path, on_bad: BadRows, bad: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, line) of every line of a .jsonl or .jsonl.gz file that is not blank."""
     with _open(path) as file:
         # lines of bytes: only a newline ends a row, never a U+2028 in its text
         for number, line in enumerate(_lines(path, file), 1):
-            if not line.strip():
-                continue
-            name = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                reject(f"{name}: not JSON ({error.msg} at column {error.colno})", on_bad, bad)
-                continue
-            except UnicodeDecodeError as error:
-                reject(f"{name}: not UTF-8 (byte {error.start} of the line)", on_bad, bad)
-                continue
-            except RecursionError:
-                reject(f"{name}: nested too deeply to be a row of text", on_bad, bad)
-                continue
-            if b"\\ud" in line.lower() and not _is_unicode(row):
-                reject(f"{name}: holds half of a surrogate pair, which is no text", on_bad, bad)
-            elif isinstance(row, dict):
-                yield name, row
-            else:
-                reject(f"{name}: a row must be an object, this is {type(row).__name__}", on_bad, bad)
+            if line.strip():
+                yield number, line
+
+
+def json_row(name: str, line: bytes) -> dict[str, Any]:
+    """The row in a line of JSON. Raises DataError that begins with the line's name."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{name}: not JSON ({error.msg} at column {error.colno})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: not UTF-8 (byte {error.start} of the line)") from error
+    except RecursionError as error:
+        raise DataError(f"{name}: nested too deeply to be a row of text") from error
+    except ValueError as error:  # a whole number of thousands of digits
+        raise DataError(f"{name}: not JSON ({error})") from error
+    if b"\\ud" in line.lower() and not _is_unicode(row):
+        raise DataError(f"{name}: holds half of a surrogate pair, which is no text")
+    if not isinstance(row, dict):
+        raise DataError(f"{name}: a row must be an object, this is {type(row).__name__}")
+    return row
+
+
+def _json_lines(path: Path, on_bad: BadRows, bad: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in numbered_lines(path):
+        name = f"{path}:{number}"
+        try:
+            row = json_row(name, line)
+        except DataError as error:
+            reject(str(error), on_bad, bad)
+            continue
+        yield name, row
 
 
 def _parquet_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 @contextmanager
@@ -52,13 +52,15 @@ def sync_tree(directory: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def write_bytes(path: Path, contents: bytes) -> None:
-    """Write a file through a temporary neighbour, so that a reader sees the old file or the new one."""
+@contextmanager
+def replace_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a temporary neighbour, open for bytes; on success it takes the file's place, so that a reader sees the old
+    file or the new one. On any error it is removed; a kill leaves it as `.<name>.*`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(contents)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
@@ -66,6 +68,12 @@ def write_bytes(path: Path, contents: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_bytes(path: Path, contents: bytes) -> None:
+    """Write a file whole or not at all."""
+    with replace_file(path) as file:
+        file.write(contents)
 
 
 def write_text(path: Path, text: str) -> None:
