@@ -145,11 +145,11 @@ def test_what_training_does_not_cover_is_told_or_refused(trained, tmp_path, caps
 
 def test_two_processes_killed_twice_and_resumed_are_the_single_run(trained, model, tmp_path):
     """kill -9 in the middle, again on resuming, and the rest on three processes by hand."""
-    count = 800
+    count = 500
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": text} for text in prompts(count)])
     answer_file(model, rows, tmp_path / "single", **DRAWN)
     parts = tmp_path / "out" / "parts"
-    for least in (10, 40):
+    for least in (5, 20):
         processes = [
             subprocess.Popen(
                 command(trained / "checkpoint", rows, tmp_path / "out", "--batch", "2"),
@@ -213,6 +213,25 @@ def test_a_damaged_part_is_done_again(damage, model, tmp_path):
     assert answer_file(model, rows, tmp_path / "out", **DRAWN).own.rows == 0
 
 
+def test_what_killed_processes_left_is_removed_when_it_is_old(model, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "the cat"}])
+    (tmp_path / "out" / "parts").mkdir(parents=True)
+    old, fresh = tmp_path / "out" / "parts" / ".part-00000000.jsonl.x1", tmp_path / "out" / ".answers.jsonl.x2"
+    for file, hours in ((old, 2), (fresh, 0)):
+        file.write_text("half")
+        os.utime(file, (time.time() - hours * 3600,) * 2)
+    (tmp_path / "out" / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match="not the manifest"):
+        answer_file(model, rows, tmp_path / "out", **DRAWN)
+    (tmp_path / "out" / "manifest.json").unlink()
+    with pytest.raises(DataError, match="holds parts and no manifest"):
+        answer_file(model, rows, tmp_path / "out", **DRAWN)
+    answer_file(model, rows, tmp_path / "good", **DRAWN)
+    (tmp_path / "good" / "manifest.json").rename(tmp_path / "out" / "manifest.json")
+    answer_file(model, rows, tmp_path / "out", **DRAWN)
+    assert (old.exists(), fresh.exists()) == (False, True)  # the fresh one may be a neighbour's
+
+
 def test_resuming_what_was_not_asked_is_refused(trained, model, tmp_path, capsys):
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": text} for text in prompts(4)])
     answer_file(model, rows, tmp_path / "out", **DRAWN)
@@ -241,6 +260,7 @@ def test_resuming_what_was_not_asked_is_refused(trained, model, tmp_path, capsys
     cases = [
         (["--input", rows, "--output", tmp_path / "mine"], "holds answers.jsonl and no manifest"),
         (["--input", rows], "--input needs --output"),
+        (["--input", rows, "--output", rows], "is a file; give a directory"),
         (["--output", tmp_path / "x", "--prompt", "a"], "go with --input"),
         (["--input", rows, "--output", tmp_path / "x", "--prompt", "a"], "neither --prompt"),
         ([], "give a text to continue"),

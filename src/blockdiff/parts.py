@@ -67,6 +67,8 @@ class Parts:
     def open(cls, directory: Path, rows: int, asked: dict[str, Any], record: dict[str, Any]) -> Parts:
         """The parts of a run, which begins or goes on. asked: what the answers depend on; record: what else the
         manifest tells. Raises DataError for a directory that holds anything else."""
+        if directory.exists() and not directory.is_dir():
+            raise DataError(f"{directory}: is a file; give a directory as --output")
         file = directory / "manifest.json"
         size = max(1, min(rows // _PARTS, _LARGEST))
         asked = json.loads(json.dumps({**asked, "rows": rows, "rows_per_part": size}))
@@ -155,12 +157,12 @@ def _check(file: Path, asked: dict[str, Any]) -> None:
     """Refuse to go on with a run that asked something else: DataError naming the first difference."""
     try:
         before = json.loads(file.read_bytes())["asked"]
-        differing = [name for name in asked if before.get(name) != asked[name]]
+        differing = [name for name in (*asked, *before) if before.get(name) != asked.get(name)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file}: not the manifest of a run; remove {file.parent}, or give another --output") from error
     if differing:
         name = differing[0]
-        shown = f"{name} {_shown(before.get(name))}, not {_shown(asked[name])}"
+        shown = f"{name} {_shown(before.get(name))}, not {_shown(asked.get(name))}"
         raise DataError(
             f"{file.parent}: holds the answers of another run ({shown}); ask the same, or give another --output"
         )
