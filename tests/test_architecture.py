@@ -25,6 +25,10 @@ LAYERS = [
         "model",
         "probe",
         "loading",
+        "families",
+        "foreign",
+        "inspecting",
+        "export",
         "data",
         "datafiles",
         "longtext",
@@ -38,7 +42,7 @@ LAYERS = [
     | {"harness", "trace"},
     {"serve", "chat"},
     {"cli_options", "cli_data", "cli_evaluate", "cli_experiment", "cli_generate", "cli_bench", "cli_tasks", "cli_serve"}
-    | {"cli", "cli_chat", "__main__"},
+    | {"cli_checkpoints", "cli", "cli_chat", "__main__"},
 ]
 MATH = {"rng", "layout", "distributions", "noise", "masks", "objectives", "reference", "decode", "curriculum"}
 MATH |= {"coverage", "cross_entropy", "passes", "partitions", "masking", "ablations"}
