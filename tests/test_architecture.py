@@ -25,6 +25,10 @@ LAYERS = [
         "model",
         "probe",
         "loading",
+        "families",
+        "foreign",
+        "inspecting",
+        "export",
         "data",
         "datafiles",
         "parts",
@@ -39,7 +43,7 @@ LAYERS = [
     | {"harness", "trace"},
     {"serve", "chat", "batch"},
     {"cli_options", "cli_data", "cli_evaluate", "cli_experiment", "cli_generate", "cli_bench", "cli_tasks", "cli_serve"}
-    | {"cli", "cli_chat", "cli_batch", "__main__"},
+    | {"cli", "cli_chat", "cli_batch", "cli_checkpoints", "__main__"},
 ]
 MATH = {"rng", "layout", "distributions", "noise", "masks", "objectives", "reference", "decode", "curriculum"}
 MATH |= {"coverage", "cross_entropy", "passes", "partitions", "masking", "ablations"}

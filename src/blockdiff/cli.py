@@ -10,7 +10,17 @@ from typing import Annotated
 
 import typer
 
-from blockdiff import cli_bench, cli_chat, cli_data, cli_evaluate, cli_experiment, cli_generate, cli_serve, cli_tasks
+from blockdiff import (
+    cli_bench,
+    cli_chat,
+    cli_checkpoints,
+    cli_data,
+    cli_evaluate,
+    cli_experiment,
+    cli_generate,
+    cli_serve,
+    cli_tasks,
+)
 from blockdiff.cli_options import Changes, JsonFile, Seed, err, out, write_result
 
 app = typer.Typer(
@@ -98,6 +108,8 @@ app.command()(cli_generate.infill)
 app.command()(cli_generate.policies)
 app.command()(cli_serve.serve)
 app.command()(cli_chat.chat)
+app.command()(cli_checkpoints.inspect)
+app.command()(cli_checkpoints.export)
 cli_evaluate.evaluations.command("tasks")(cli_tasks.eval_tasks)
 cli_evaluate.evaluations.command("variance")(cli_experiment.eval_variance)
 

@@ -14,11 +14,19 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from blockdiff.attention import NAMES, Implementation, UnsupportedModel
+from blockdiff.foreign import Foreign, read_foreign
 from blockdiff.model import SPEC_FILE, BlockDiffusionModel, Spec
 from blockdiff.probe import probe
 
@@ -72,7 +80,7 @@ def load(
     implementation: Implementation = "sdpa",
     model_class: type[M] = BlockDiffusionModel,  # type: ignore[assignment]
 ) -> M:
-    """Load a checkpoint: one of ours, or any AR decoder.
+    """Load a checkpoint: one of ours, one of another project that `blockdiff.families` knows, or any AR decoder.
 
     An AR decoder has block size 1 only, until it is trained; `add_mask` gives it the [MASK] row to train with.
 
@@ -83,13 +91,17 @@ def load(
         _check_directory(local)
     try:
         spec_file = cached_file(str(path), SPEC_FILE, _raise_exceptions_for_missing_entries=False)
+        foreign = read_foreign(path)
         backbone, found = AutoModelForCausalLM.from_pretrained(
             path,
+            config=None if foreign is None else foreign.config,
             dtype=dtype or "auto",
             use_safetensors=True,
             output_loading_info=True,
             trust_remote_code=False,  # said aloud, since transformers would ask at a terminal
         )
+    except UnsupportedModel:
+        raise
     except (SafetensorError, *_UNBUILDABLE) as error:
         reason = " ".join(str(error).split())
         raise UnsupportedModel(f"{path}: its config and weights cannot be read ({reason[:300]})") from error
@@ -103,12 +115,17 @@ def load(
             f"{path}: {len(missing)} weights are missing, among them {missing[0]}; take a whole copy"
         )
     spec = Spec.from_json(Path(spec_file)) if spec_file else None
+    tokenizer = load_tokenizer(path, None if foreign is None else foreign.config)
+    if foreign is not None:
+        spec = _foreign_spec(foreign, spec, tokenizer, backbone, found)
     rows = int(backbone.get_input_embeddings().weight.shape[0])
     if spec is not None and spec.mask_id is not None and spec.mask_id >= rows:
-        raise UnsupportedModel(f"{spec_file}: mask_id {spec.mask_id} lies beyond the model's {rows} embedding rows")
+        raise UnsupportedModel(
+            f"{spec_file or path}: mask_id {spec.mask_id} lies beyond the model's {rows} embedding rows"
+        )
     model = attach(
         backbone.to(device).eval(),
-        load_tokenizer(path),
+        tokenizer,
         spec=spec,
         add_mask=add_mask,
         implementation=implementation,
@@ -119,22 +136,41 @@ def load(
         assert model.adapter is not None
         model.adapter.load(Path(spec_file).parent, model.backbone)
         model.eval()
-    if not spec_file and not add_mask:
+    if foreign is not None and not spec_file:
+        model.notes.append(foreign.family.note)
+    if spec is None and not add_mask:
         model.spec = replace(model.spec, trained_length=model.context_length)
     return model
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer saved with a checkpoint, or None where there is none."""
+def load_tokenizer(path: str | Path, config: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer saved with a checkpoint, or None where there is none; config: the checkpoint's, where its own is
+    none of transformers'."""
     if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):
         return None
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UnsupportedModel(
             f"{path}: its tokenizer cannot be read ({' '.join(str(error).split())[:200]})"
         ) from error
     return tokenizer
+
+
+def _foreign_spec(
+    foreign: Foreign,
+    own: Spec | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    backbone: PreTrainedModel,
+    found: dict[str, Any],
+) -> Spec:
+    """What a checkpoint of another project is, once its weights turn out to be those of the class that read them."""
+    if found["unexpected_keys"]:
+        raise UnsupportedModel(
+            f"{foreign.where}: weights that transformers' {foreign.family.backbone} has no place for, among them "
+            f"{min(found['unexpected_keys'])}; this is more than {foreign.family.name}"
+        )
+    return foreign.spec(own, tokenizer, int(backbone.config.max_position_embeddings))
 
 
 def from_architecture(

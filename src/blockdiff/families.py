@@ -1,0 +1,189 @@
+"""Released block diffusion models by family: what their config says of itself, what it leaves out, and who says so.
+
+A config names an architecture; how the logits line up with the tokens, who sees whom and which token is [MASK] mostly
+stand in the code beside it. This table holds those conventions, each with its source. What no source says is None,
+which `blockdiff.foreign` refuses to guess. `docs/checkpoints.md` says what of it was checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# keys that transformers writes into any config, or that concern texts and not the network
+BOOKKEEPING = {"architectures", "auto_map", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+BOOKKEEPING |= {"_name_or_path", "_attn_implementation", "return_dict", "output_attentions", "output_hidden_states"}
+BOOKKEEPING |= {"bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id"}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something known of a checkpoint, and where from."""
+
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of checkpoint.
+
+    marks: keys of the config that only this family has, where the architecture's name alone does not tell. prediction
+    `same` or `shift`; boundary (with `shift`) as in `objectives.Alignment`; clean_context as in `masks`, or `full`;
+    block_key and mask_key: keys of the config that state the two; extra: further keys of the config that change nothing
+    at inference. backbone: the model type of transformers whose class has the same weights and arithmetic. needs: what
+    loading would take, where blockdiff does not load it. note: what a user of a loaded one should know.
+    """
+
+    name: str
+    model_types: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ()
+    prediction: Fact | None = None
+    boundary: Fact | None = None
+    clean_context: Fact | None = None
+    block_size: Fact | None = None
+    mask_id: Fact | None = None
+    block_key: str = "block_size"
+    mask_key: str = "mask_token_id"
+    extra: tuple[str, ...] = ()
+    backbone: str = ""
+    needs: str = ""
+    note: str = ""
+
+    def is_of(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json is of this family."""
+        if self.marks:
+            return all(key in config for key in self.marks)
+        named = config.get("architectures") or ()
+        return config.get("model_type") in self.model_types or any(name in self.architectures for name in named)
+
+
+def family_of(config: Mapping[str, Any]) -> Family | None:
+    """The family of a config.json, or None for one that the table does not know."""
+    return next((family for family in FAMILIES if family.is_of(config)), None)
+
+
+_SDAR_CODE = "JetAstra/SDAR, modeling_sdar.py and generate.py"
+_SDAR_ENGINES = "SGLang srt/dllm/config.py, LMDeploy pytorch/configurations/sdar.py"
+_A2D_CODE = "ZHZisZZ/dllm, dllm/pipelines/a2d"
+_FAST = "Efficient-Large-Model/Fast_dLLM_v2_7B, modeling.py"
+_LLADA2 = "inclusionAI/dFactory, models/llada2_moe"
+_PROMPTS = "prompts are read token by token here, and blocks begin after the prompt; the original "
+_GRID = _PROMPTS + "cuts prompt and answer into one grid of blocks (docs/checkpoints.md)"
+_MAYBE_GRID = _PROMPTS + "may cut prompt and answer into one grid of blocks (docs/checkpoints.md)"
+
+
+def _sdar(model_type: str, architecture: str, backbone: str) -> Family:
+    return Family(
+        "SDAR or TraDo (one format; the config does not say which)",
+        (model_type,),
+        (architecture,),
+        prediction=Fact("same", _SDAR_CODE),
+        clean_context=Fact("block_causal", _SDAR_CODE),
+        block_size=Fact(4, "SGLang srt/dllm/config.py; releases named -b8 to -b64 use that size"),
+        mask_id=Fact(151669, _SDAR_ENGINES),
+        extra=("fuse_cross_entropy",),
+        backbone=backbone,
+        note=_GRID,
+    )
+
+
+def _a2d(backbone: str, architecture: str) -> Family:
+    return Family(
+        f"dllm A2D ({backbone})",
+        (f"a2d-{backbone}",),
+        (architecture,),
+        prediction=Fact("same", _A2D_CODE),
+        block_size=Fact(32, f"{_A2D_CODE} (recipe of Qwen3-0.6B-diffusion-bd3lm)"),
+        backbone=backbone,
+        note=_MAYBE_GRID,
+    )
+
+
+FAMILIES: tuple[Family, ...] = (
+    _sdar("sdar", "SDARForCausalLM", "qwen3"),
+    _sdar("sdar_moe", "SDARMoeForCausalLM", "qwen3_moe"),
+    _a2d("qwen3", "A2DQwen3LMHeadModel"),
+    _a2d("qwen2", "A2DQwen2LMHeadModel"),
+    _a2d("llama", "A2DLlamaLMHeadModel"),
+    Family(
+        "Fast-dLLM v2",
+        ("Fast_dLLM_Qwen",),
+        ("Fast_dLLM_QwenForCausalLM",),
+        prediction=Fact("shift", _FAST),
+        boundary=Fact("noisy", _FAST),
+        clean_context=Fact("block_causal", _FAST),
+        block_size=Fact(32, "its paper, arXiv 2509.26328"),
+        mask_id=Fact(151665, _FAST),
+        block_key="bd_size",
+        backbone="qwen2",
+        note=_MAYBE_GRID + "; it decodes sub-blocks of 8",
+    ),
+    Family(
+        "SDLM",
+        marks=("text_mask_token_id", "causal_attn"),
+        prediction=Fact("shift", "OpenGVLab/SDLM, sdlm_inference.py"),
+        boundary=Fact("seed", "OpenGVLab/SDLM, sdlm_inference.py"),
+        clean_context=Fact("context_causal", "OpenGVLab/SDLM, sdlm_qwen2_5"),
+        mask_key="text_mask_token_id",
+        needs="a check of its Qwen2 code for switches that transformers' Qwen2 lacks",
+    ),
+    Family(
+        "BD3-LM",
+        ("bd3lm",),
+        ("BD3LM",),
+        prediction=Fact("same", "kuleshov-group/bd3lms, models/hf/modeling_bd3lm.py"),
+        clean_context=Fact("block_causal", "kuleshov-group/bd3lms, models/hf/modeling_bd3lm.py"),
+        mask_id=Fact(50257, "kuleshov-group/bd3lms (GPT-2's vocabulary and one row)"),
+        needs="its diffusion transformer (adaLN), which transformers has no class for",
+    ),
+    Family(
+        "LLaDA 2",
+        ("llada2_moe",),
+        ("LLaDA2MoeModelLM",),
+        prediction=Fact("same", _LLADA2),
+        clean_context=Fact("block_causal", _LLADA2),
+        block_size=Fact(32, "SGLang srt/dllm/config.py"),
+        mask_id=Fact(156895, "SGLang srt/dllm/config.py"),
+        needs="its mixture of experts (sigmoid router, half rotary), which transformers has no class for",
+    ),
+    Family(
+        "LLaDA",
+        architectures=("LLaDAModelLM",),
+        prediction=Fact("same", "ML-GSAI/LLaDA"),
+        clean_context=Fact("full", "ML-GSAI/LLaDA: one block over the whole text"),
+        mask_id=Fact(126336, "ML-GSAI/LLaDA"),
+        needs="its own transformer, which transformers has no class for, and decoding without a cache",
+    ),
+    Family(
+        "Dream",
+        ("Dream",),
+        ("DreamModel",),
+        prediction=Fact("shift", "NVlabs/Fast-dLLM, dream/model"),
+        clean_context=Fact("full", "NVlabs/Fast-dLLM, dream/model: one block over the whole text"),
+        mask_id=Fact(151666, "NVlabs/Fast-dLLM, dream/model"),
+        needs="decoding of one block over the whole text with attention in both directions",
+    ),
+    Family(
+        "NBDiff, openPangu-Diffusion",
+        ("PanguEmbedded",),
+        ("PanguEmbeddedForCausalLM",),
+        prediction=Fact("shift", "yuchuantian/NBDiff, generation_utils.py"),
+        clean_context=Fact("context_causal", "arXiv 2512.06776, appendix A"),
+        block_size=Fact(32, "arXiv 2512.06776"),
+        mask_id=Fact(45830, "yuchuantian/NBDiff, generation_utils.py"),
+        needs="its own transformer (biases, rope 1.6e7), which transformers has no class for",
+    ),
+    Family(
+        "DiffusionGemma",
+        ("diffusion_gemma",),
+        ("DiffusionGemmaForBlockDiffusion",),
+        clean_context=Fact("context_causal", "transformers, models/diffusion_gemma"),
+        block_size=Fact(256, "transformers, models/diffusion_gemma (canvas_length)"),
+        block_key="canvas_length",
+        needs="an encoder with a decoder, self-conditioning, and noise of random tokens without a [MASK]; "
+        "transformers' own generate() runs it",
+    ),
+)

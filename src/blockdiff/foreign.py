@@ -1,0 +1,186 @@
+"""Checkpoints of other projects, read through transformers' own classes: their config, their conventions, their Spec.
+
+No code of a checkpoint is run and none is copied: a family of `blockdiff.families` is loaded where its weights have the
+names and the arithmetic of a class in transformers, and every key of its config is understood. Anything else is refused
+in one line, with what it would take.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from blockdiff.attention import UnsupportedModel
+from blockdiff.distributions import Fixed
+from blockdiff.families import BOOKKEEPING, Fact, Family, family_of
+from blockdiff.model import SPEC_FILE, Spec
+from blockdiff.noise import Bernoulli
+from blockdiff.objectives import Alignment
+
+_NEEDED = ("prediction", "clean_context", "block_size", "mask_id")
+_ROPE = ("rope_parameters", "rope_theta", "rope_scaling")
+# keys that a config class takes without listing them among its own
+_TAKEN = ("head_dim", "max_window_layers")
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A checkpoint of a known family: what its config.json says, and transformers' config for its weights."""
+
+    where: str
+    family: Family
+    stated: Mapping[str, Any]
+    config: PreTrainedConfig
+
+    def spec(self, own: Spec | None, tokenizer: PreTrainedTokenizerBase | None, context_length: int) -> Spec:
+        """The checkpoint's Spec: its own `block_diffusion.json` where it has one, else what the table says.
+
+        Raises UnsupportedModel where a convention is unknown, or where two sources contradict each other.
+        """
+        known = conventions(self.where, self.family, self.stated, tokenizer)
+        if own is not None:
+            _check_own(self.where, own, known)
+            return own
+        missing = [name for name in _NEEDED if name not in known]
+        if missing:
+            raise UnsupportedModel(
+                f"{self.where}: neither its config nor its tokenizer says its {', '.join(missing)} "
+                f"({self.family.name}); write a {SPEC_FILE} beside the weights that does (docs/checkpoints.md)"
+            )
+        said = {name: known[name].value for name in ("prediction", "boundary") if name in known}
+        size = known["block_size"].value
+        return Spec(
+            mask_id=known["mask_id"].value,
+            clean_context=known["clean_context"].value,
+            alignment=Alignment(**said),
+            layout=Fixed(size, offset=size - 1),  # the grid begins at the document's first token, which is given
+            noise=Bernoulli(),
+            trained_length=context_length,
+            ar_trained=False,
+        )
+
+
+def read_foreign(path: str | Path) -> Foreign | None:
+    """The checkpoint at a path or hub name as one of another project's; None where the table does not know it.
+
+    Raises UnsupportedModel for a family that blockdiff cannot load, and for a config that it does not understand.
+    """
+    file = cached_file(str(path), "config.json", _raise_exceptions_for_missing_entries=False)
+    stated = None if file is None else read_config(Path(file))
+    family = None if stated is None else family_of(stated)
+    if stated is None or family is None:
+        return None
+    return Foreign(str(path), family, stated, backbone_config(str(path), family, stated))
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A config.json; raises UnsupportedModel where it is not an object of JSON."""
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise UnsupportedModel(f"{file}: no JSON ({error}); copy the checkpoint again") from error
+    if not isinstance(config, dict):
+        raise UnsupportedModel(f"{file}: no configuration of a model; copy the checkpoint again")
+    return config
+
+
+def conventions(
+    where: str, family: Family, stated: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, Fact]:
+    """What is known of a checkpoint: prediction, boundary, clean_context, block_size, mask_id, each with its source.
+
+    The config's block size stands before the family's usual one. Raises UnsupportedModel where sources of the mask id
+    contradict each other.
+    """
+    found = {name: fact for name in ("boundary", *_NEEDED) if (fact := getattr(family, name)) is not None}
+    for name, key, least in (("block_size", family.block_key, 1), ("mask_id", family.mask_key, 0)):
+        value = stated.get(key)
+        if value is None:
+            continue
+        if type(value) is not int or value < least:
+            raise UnsupportedModel(f"{where}: config.json, {key}: {value!r} is no {name.replace('_', ' ')}")
+        if name == "mask_id":
+            _check_mask(where, found.get(name), value, f"config.json, {key}")
+        found[name] = Fact(value, f"config.json, {key}")
+    named = None if tokenizer is None else tokenizer.mask_token_id
+    if named is not None:
+        _check_mask(where, found.get("mask_id"), int(named), "the tokenizer's mask token")
+        found.setdefault("mask_id", Fact(int(named), "the tokenizer's mask token"))
+    return found
+
+
+def backbone_config(where: str, family: Family, stated: Mapping[str, Any]) -> PreTrainedConfig:
+    """Transformers' config for a checkpoint's weights; raises UnsupportedModel where a key is not understood."""
+    if family.needs:
+        raise UnsupportedModel(f"{where}: {family.name} is not loaded; it would need {family.needs}")
+    plain = AutoConfig.for_model(family.backbone)
+    settings = {*plain.to_dict(), *plain.attribute_map, *_ROPE, *_TAKEN} - BOOKKEEPING
+    ours = {family.block_key, family.mask_key, *family.extra}
+    unknown = sorted(set(stated) - settings - BOOKKEEPING - ours)
+    if unknown:
+        raise UnsupportedModel(
+            f"{where}: config.json has keys that blockdiff does not know for {family.name}: {', '.join(unknown)}; find "
+            "out from the model's own code what they do, and take out those that change nothing at inference"
+        )
+    _check_rope(where, stated)
+    taken = {key: value for key, value in stated.items() if key in settings}
+    if taken.get("rope_parameters"):
+        taken = {key: value for key, value in taken.items() if key not in ("rope_theta", "rope_scaling")}
+    special = {key: value for key, value in stated.items() if key.endswith("_token_id") and key != family.mask_key}
+    dtype = stated.get("dtype") or stated.get("torch_dtype")
+    try:
+        return AutoConfig.for_model(family.backbone, **taken, **special, dtype=dtype)
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UnsupportedModel(
+            f"{where}: config.json does not fit transformers' {family.backbone} ({reason})"
+        ) from error
+
+
+def _check_rope(where: str, stated: Mapping[str, Any]) -> None:
+    """The base of the rotary positions stands there, once or twice alike: its default suits almost no checkpoint."""
+    newer = stated.get("rope_parameters") or {}
+    bases = [base for base in (stated.get("rope_theta"), newer.get("rope_theta")) if base is not None]
+    if not bases:
+        raise UnsupportedModel(
+            f"{where}: config.json has no rope_theta, and 10000 would be taken; add the value of the checkpoint that "
+            "this one was made from"
+        )
+    if len(set(bases)) > 1:
+        raise UnsupportedModel(
+            f"{where}: config.json contradicts itself: rope_theta {bases[0]}, in rope_parameters {bases[1]}; take out "
+            "the wrong one"
+        )
+    older = {key: value for key, value in (stated.get("rope_scaling") or {}).items() if key != "rope_theta"}
+    scaling = {key: value for key, value in newer.items() if key != "rope_theta"}
+    if newer and older and older != scaling:
+        raise UnsupportedModel(
+            f"{where}: config.json contradicts itself: rope_scaling {older}, rope_parameters {scaling}; take out the "
+            "wrong one"
+        )
+
+
+def _check_mask(where: str, known: Fact | None, value: int, source: str) -> None:
+    if known is not None and known.value != value:
+        raise UnsupportedModel(
+            f"{where}: {source} says mask id {value}, but it is {known.value} according to {known.source}; which one "
+            "the model was trained with must be known first"
+        )
+
+
+def _check_own(where: str, own: Spec, known: Mapping[str, Fact]) -> None:
+    said = {"prediction": own.alignment.prediction, "clean_context": own.clean_context, "mask_id": own.mask_id}
+    for name, value in said.items():
+        if name in known and known[name].value != value:
+            raise UnsupportedModel(
+                f"{where}: {SPEC_FILE} says {name} {value}, but it is {known[name].value} according to "
+                f"{known[name].source}; correct the file or take it out"
+            )

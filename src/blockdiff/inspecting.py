@@ -1,0 +1,249 @@
+"""What a checkpoint is, which conventions it has, where each is known from, and whether blockdiff loads it.
+
+Everything is read from the config, the tokenizer and the headers of the weights' files; no weight is loaded and no code
+of the checkpoint is run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from blockdiff.attention import UnsupportedModel
+from blockdiff.distributions import to_dict
+from blockdiff.families import Fact, Family, family_of
+from blockdiff.foreign import Foreign, backbone_config, conventions, read_config
+from blockdiff.loading import load_tokenizer
+from blockdiff.model import SPEC_FILE, Spec
+
+_NAMES = ("prediction", "boundary", "clean_context", "block_size", "mask_id")
+_AR = {
+    "prediction": "shift",
+    "boundary": "clean",
+    "clean_context": "context_causal",
+    "block_size": 1,
+    "mask_id": "none",
+}
+_CONVERTED = ("qwen3_moe",)  # their weights are renamed while they are read, so names cannot be compared here
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the headers of the safetensors files say: shapes {name: shape}, dtypes {name of the type: tensors}."""
+
+    files: int
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, int]
+
+    @property
+    def parameters(self) -> int:
+        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint as it lies there. conventions holds what is known; `problem` says why blockdiff would not load it
+    and what would be needed (empty: it loads, if the probe at load agrees)."""
+
+    path: str
+    family: str
+    model_type: str
+    architectures: tuple[str, ...]
+    reader: str
+    conventions: Mapping[str, Fact]
+    weights: Weights
+    vocabulary: int | None
+    problem: str
+    note: str
+
+    @property
+    def loads(self) -> bool:
+        return not self.problem
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "family": self.family,
+            "model_type": self.model_type,
+            "architectures": list(self.architectures),
+            "read_by": self.reader or None,
+            "conventions": {
+                name: {"value": self.conventions[name].value, "source": self.conventions[name].source}
+                if name in self.conventions
+                else None
+                for name in _NAMES
+            },
+            "weights": {
+                "files": self.weights.files,
+                "tensors": len(self.weights.shapes),
+                "parameters": self.weights.parameters,
+                "dtypes": dict(self.weights.dtypes),
+            },
+            "tokenizer": self.vocabulary,
+            "loads": self.loads,
+            "problem": self.problem or None,
+            "note": self.note or None,
+        }
+
+    def __str__(self) -> str:
+        weights = self.weights
+        named = ", ".join(self.architectures) or "no architecture named"
+        read = f", read by transformers' {self.reader}" if self.reader else ""
+        types = ", ".join(sorted(weights.dtypes)) or "none"
+        held = f"{weights.files} files, {len(weights.shapes)} tensors, {weights.parameters:,} parameters, {types}"
+        tokenizer = "none" if self.vocabulary is None else f"{self.vocabulary:,} tokens"
+        lines = [f"{self.path}: {self.family}", _line("network", f"{self.model_type} ({named}){read}")]
+        lines += [_line("weights", held), _line("tokenizer", tokenizer)]
+        for name in _NAMES:
+            fact = self.conventions.get(name)
+            if fact is not None or name != "boundary":  # a matter of prediction `shift` alone
+                said = "unknown" if fact is None else f"{fact.value}  ({fact.source})"
+                lines.append(_line(name.replace("_", " "), said))
+        lines.append(_line("loads", f"no: {self.problem}" if self.problem else "yes, if the probe at load agrees"))
+        return "\n".join(lines + ([_line("note", self.note)] if self.note else []))
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Look at the checkpoint in a directory.
+
+    Raises FileNotFoundError where there is none, UnsupportedModel where its files cannot be read.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{path}: no config.json here; give a Hugging Face model directory")
+    stated = read_config(folder / "config.json")
+    weights = read_weights(folder)
+    own = Spec.from_json(folder / SPEC_FILE) if (folder / SPEC_FILE).exists() else None
+    family = family_of(stated)
+    if family is not None:
+        return _foreign(folder, stated, weights, own, family)
+    return _plain(folder, stated, weights, own)
+
+
+def read_weights(folder: Path) -> Weights:
+    """Names, shapes and types of the weights, from the files' headers."""
+    files = sorted(file for file in folder.glob("*.safetensors") if file.name != "adapter.safetensors")
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: Counter[str] = Counter()
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - no mapping
+                    part = opened.get_slice(name)
+                    shapes[name] = tuple(part.get_shape())
+                    dtypes[part.get_dtype()] += 1
+        except SafetensorError as error:
+            raise UnsupportedModel(f"{file}: damaged ({error}); copy it again") from None
+    return Weights(len(files), shapes, dict(dtypes))
+
+
+def _foreign(folder: Path, stated: Mapping[str, Any], weights: Weights, own: Spec | None, family: Family) -> Inspection:
+    """A checkpoint of the table. What would stop `load` becomes its problem."""
+    where, tokenizer, known, problem = str(folder), None, {}, "" if weights.files else "no .safetensors weights"
+    try:
+        config = None if family.needs else backbone_config(where, family, stated)
+        tokenizer = load_tokenizer(folder, config) if config is not None else None
+        known = conventions(where, family, stated, tokenizer)
+        if config is None:
+            problem = f"it would need {family.needs}"
+        else:
+            foreign = Foreign(where, family, stated, config)
+            foreign.spec(own, tokenizer, config.max_position_embeddings)
+            problem = problem or _unlike(foreign, weights)
+    except UnsupportedModel as error:
+        problem = str(error).removeprefix(f"{where}: ")
+    said = {**known, **(_said(own) if own is not None else {})}
+    return _inspection(folder, stated, weights, family.name, family.backbone, said, tokenizer, problem, family.note)
+
+
+def _plain(folder: Path, stated: Mapping[str, Any], weights: Weights, own: Spec | None) -> Inspection:
+    """One of ours, an AR model of transformers, or something that the table does not know."""
+    kind = stated.get("model_type")
+    causal = kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING
+    problem = "" if weights.files else "no .safetensors weights"
+    if not causal:
+        problem = (
+            f"model type {kind!r} is no decoder of transformers, and blockdiff's table of families does not know it: "
+            "its conventions and a class for its weights would be needed"
+        )
+    name = "unknown" if not causal else "an AR model (block size 1 until it is trained on)"
+    if own is not None and causal:
+        name = "a block diffusion model of blockdiff" if own.is_diffusion else "an AR model of blockdiff"
+    known = {} if own is None else _said(own)
+    if own is None and causal:
+        known = {name: Fact(value, f"transformers' {kind} as it is") for name, value in _AR.items()}
+    tokenizer = load_tokenizer(folder) if causal else None
+    return _inspection(folder, stated, weights, name, str(kind) if causal else "", known, tokenizer, problem, "")
+
+
+def _inspection(
+    folder: Path,
+    stated: Mapping[str, Any],
+    weights: Weights,
+    family: str,
+    reader: str,
+    known: Mapping[str, Fact],
+    tokenizer: PreTrainedTokenizerBase | None,
+    problem: str,
+    note: str,
+) -> Inspection:
+    return Inspection(
+        path=str(folder),
+        family=family,
+        model_type=str(stated.get("model_type")),
+        architectures=tuple(stated.get("architectures") or ()),
+        reader=reader,
+        conventions=known,
+        weights=weights,
+        vocabulary=None if tokenizer is None else len(tokenizer),
+        problem=problem,
+        note="" if problem else note,
+    )
+
+
+def _said(own: Spec) -> dict[str, Fact]:
+    """The conventions in a checkpoint's own block_diffusion.json."""
+    size = str(own.default_block_size)
+    values = {
+        "prediction": own.alignment.prediction,
+        "boundary": own.alignment.boundary if own.alignment.shift else None,
+        "clean_context": own.clean_context,
+        "block_size": f"{size} by default, trained with {to_dict(own.layout)['kind']}",
+        "mask_id": own.mask_id,
+    }
+    return {name: Fact(value, SPEC_FILE) for name, value in values.items() if value is not None}
+
+
+def _unlike(foreign: Foreign, weights: Weights) -> str:
+    """Why these weights are not those of the class that would read them, from names and shapes; empty: they are."""
+    if foreign.family.backbone in _CONVERTED:
+        return ""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(foreign.config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = {"lm_head.weight"} if foreign.config.tie_word_embeddings else set()
+    missing = sorted(set(wanted) - set(weights.shapes) - tied)
+    if missing:
+        return f"{len(missing)} weights are missing, among them {missing[0]}; take a whole copy"
+    odd = sorted(set(weights.shapes) - set(wanted))
+    if odd:
+        return (
+            f"weights that transformers' {foreign.family.backbone} has no place for, among them {odd[0]}; this is more "
+            f"than {foreign.family.name}"
+        )
+    bent = [name for name, shape in weights.shapes.items() if shape != wanted[name]]
+    if bent:
+        return f"{bent[0]} is {list(weights.shapes[bent[0]])}, and {list(wanted[bent[0]])} by its config.json"
+    return ""
+
+
+def _line(name: str, value: str) -> str:
+    return f"  {name:<14}{value}"

@@ -1,0 +1,335 @@
+"""Checkpoints of other projects: what `inspect` says of them, which load, and the export to SDAR's format."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from test_cli import run
+from transformers import AutoConfig
+
+from blockdiff.adapters import Adapter
+from blockdiff.attention import UnsupportedModel
+from blockdiff.distributions import Fixed
+from blockdiff.export import export_sdar
+from blockdiff.inspecting import inspect
+from blockdiff.layout import Layout, TokenMap
+from blockdiff.loading import attach, load
+from blockdiff.model import Past, Spec
+from blockdiff.objectives import Alignment
+
+MASK = 151669
+SMALL = {"vocab_size": 151680, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
+ROPE = {"rope_type": "default", "rope_theta": 500000.0}
+SDAR = Spec(
+    mask_id=MASK,
+    clean_context="block_causal",
+    alignment=Alignment("same"),
+    layout=Fixed(4, 3),
+    trained_length=64,
+    ar_trained=False,
+)
+IDS = torch.randint(3, 150000, (1, 12), generator=torch.Generator().manual_seed(0))
+
+
+def rewrite(folder: Path, **changes: object) -> Path:
+    """Change keys of config.json; None takes a key out."""
+    file = folder / "config.json"
+    config = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return folder
+
+
+def write(folder: Path, kind: str = "qwen3", **config: object) -> Path:
+    """A tiny random model of transformers whose config.json is another project's, as transformers 4 wrote it."""
+    tiny.backbone(kind, dtype=torch.float32, rope_parameters=ROPE, **SMALL).save_pretrained(folder)
+    old = {"rope_parameters": None, "layer_types": None, "dtype": None, "torch_dtype": "float32", "rope_theta": 5e5}
+    return rewrite(folder, **old, **config)
+
+
+@pytest.fixture(scope="module")
+def sdar(tmp_path_factory) -> Path:
+    auto_map = {"AutoConfig": "configuration_sdar.SDARConfig", "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM"}
+    folder = tmp_path_factory.mktemp("foreign") / "sdar"
+    return write(folder, model_type="sdar", architectures=["SDARForCausalLM"], auto_map=auto_map)
+
+
+@pytest.fixture
+def copy(sdar, tmp_path) -> Path:
+    return Path(shutil.copytree(sdar, tmp_path / "copy"))
+
+
+def block_causal(network, ids, size):
+    """Logits of transformers' own model with a block-causal mask: what SDAR's attention is, in three lines."""
+    block = torch.arange(ids.shape[1]) // size
+    sees = block[:, None] >= block[None, :]
+    return network(input_ids=ids, attention_mask=sees[None, None], use_cache=False).logits[0]
+
+
+@torch.no_grad()
+def test_sdar_directories_load_with_the_conventions_of_the_table(sdar):
+    """Prefix, a masked block over it and its commit, each against code that knows SDAR's rule and none of ours."""
+    model = load(sdar, dtype=torch.float64)
+    spec = model.spec
+    assert type(model.backbone).__name__ == "Qwen3ForCausalLM"
+    assert (spec.mask_id, spec.clean_context, spec.alignment.prediction) == (MASK, "block_causal", "same")
+    assert spec.default_block_size == 4
+    assert any("prompts are read token by token" in note for note in model.notes)
+
+    network = tiny.backbone("qwen3", rope_parameters=ROPE, **SMALL)
+    network.load_state_dict({name: tensor.double() for name, tensor in load_file(sdar / "model.safetensors").items()})
+    network.set_attn_implementation("sdpa")
+    real = torch.arange(SMALL["vocab_size"]) != MASK
+    tokens = TokenMap.from_layouts([[Layout(0, (4, 4, 4))]])
+    clean = model(IDS, tokens)
+    torch.testing.assert_close(clean[:, real], block_causal(network, IDS, 4)[:, real], atol=1e-5, rtol=1e-5)
+
+    past = Past()
+    model(IDS[:, :8], tokens[:, :8], past=past, keep=True)
+    masked = IDS.clone()
+    masked[0, 9:] = MASK
+    denoised = model(masked[:, 8:], tokens[:, 8:].as_noisy(), past=past)
+    expected = block_causal(network, masked, 4)[8:]
+    torch.testing.assert_close(denoised[:, real], expected[:, real], atol=1e-5, rtol=1e-5)
+    committed = model(IDS[:, 8:], tokens[:, 8:], past=past, keep=True)
+    torch.testing.assert_close(committed, clean[8:], atol=1e-5, rtol=1e-5)
+
+    # twins: another block size and a causal context give other logits
+    for size in (1, 2):
+        assert (block_causal(network, IDS, size) - clean)[:, real].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qk_norm_kind": "layer"}, "keys that blockdiff does not know for SDAR.*: qk_norm_kind; find out"),
+        ({"mask_token_id": 7}, "config.json, mask_token_id says mask id 7, but it is 151669 according to SGLang"),
+        ({"block_size": "four"}, "block_size: 'four' is no block size"),
+        ({"rope_theta": None}, "has no rope_theta, and 10000 would be taken"),
+        ({"rope_parameters": {**ROPE, "rope_theta": 1e4}}, "contradicts itself: rope_theta 500000.0, in rope_param"),
+        (
+            {"rope_parameters": ROPE, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "contradicts itself: rope_scaling",
+        ),
+        ({"vocab_size": "many"}, "does not fit transformers' qwen3"),
+    ],
+)
+def test_configs_that_are_not_understood_are_refused(copy, changes, message):
+    rewrite(copy, **changes)
+    with pytest.raises(UnsupportedModel, match=message) as refused:
+        load(copy)
+    assert "\n" not in str(refused.value)
+    found = inspect(copy)
+    assert not found.loads
+    assert str(refused.value) == f"{copy}: {found.problem}"
+
+
+def test_the_configs_block_size_stands_before_the_usual_one(copy):
+    assert load(rewrite(copy, block_size=8)).spec.default_block_size == 8
+    assert inspect(copy).conventions["block_size"].source == "config.json, block_size"
+
+
+def test_other_weights_under_the_same_name_are_refused(copy):
+    weights = load_file(copy / "model.safetensors")
+    save_file({**weights, "model.relay.weight": torch.zeros(2)}, copy / "model.safetensors", {"format": "pt"})
+    message = "weights that transformers' qwen3 has no place for, among them model.relay.weight"
+    with pytest.raises(UnsupportedModel, match=message):
+        load(copy)
+    assert message in inspect(copy).problem
+    weights.pop("model.layers.1.self_attn.q_norm.weight")
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnsupportedModel, match=r"1 weights are missing, among them model\.layers\.1\."):
+        load(copy)
+    assert "1 weights are missing" in inspect(copy).problem
+
+
+def test_a_description_beside_the_weights_must_agree(copy):
+    described = SDAR.to_json() | {"clean_context": "context_causal"}
+    (copy / "block_diffusion.json").write_text(json.dumps(described))
+    with pytest.raises(UnsupportedModel, match="says clean_context context_causal, but it is block_causal according"):
+        load(copy)
+    (copy / "block_diffusion.json").write_text(json.dumps(SDAR.to_json()))
+    assert load(copy).spec == SDAR
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
+def test_a2d_configs_do_not_say_who_sees_whom(tmp_path, kind):
+    """Trained as BD3-LM or as MDLM, the config is the same: the user says which, in block_diffusion.json."""
+    folder = write(tmp_path / "a2d", kind, model_type=f"a2d-{kind}", architectures=["A2D"])
+    with pytest.raises(UnsupportedModel, match=r"says its clean_context, mask_id \(dllm A2D"):
+        load(folder)
+    assert "clean_context" not in inspect(folder).conventions
+    page = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
+    (folder / "block_diffusion.json").write_text(re.search(r"```json\n(.*?)```", page, re.S)[1])
+    spec = load(folder).spec
+    assert (spec.mask_id, spec.clean_context, spec.default_block_size) == (MASK, "block_causal", 32)
+    assert spec.layout == Fixed(32, 31)
+
+
+def test_fast_dllm_loads_as_shifted_qwen2(tmp_path):
+    names = {"model_type": "Fast_dLLM_Qwen", "architectures": ["Fast_dLLM_QwenForCausalLM"], "bd_size": 16}
+    folder = write(tmp_path / "fast", "qwen2", **names)
+    spec = load(folder).spec
+    assert (spec.mask_id, spec.alignment, spec.layout) == (151665, Alignment("shift", "noisy"), Fixed(16, 15))
+    assert "blocks of 8" in inspect(folder).note
+
+
+def test_mixtures_of_experts_load_too(tmp_path):
+    folder = write(tmp_path / "moe", "qwen3_moe", model_type="sdar_moe", num_local_experts=None, num_experts=4)
+    assert type(load(folder).backbone).__name__ == "Qwen3MoeForCausalLM"
+    assert inspect(folder).loads
+
+
+@pytest.mark.parametrize(
+    ("config", "family", "needed"),
+    [
+        ({"architectures": ["LLaDAModelLM"], "model_type": "llada"}, "LLaDA", "its own transformer"),
+        ({"architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe"}, "LLaDA 2", "its mixture of experts"),
+        ({"architectures": ["DreamModel"], "model_type": "Dream"}, "Dream", "in both directions"),
+        ({"architectures": ["BD3LM"], "model_type": "bd3lm"}, "BD3-LM", r"diffusion transformer \(adaLN\)"),
+        ({"model_type": "diffusion_gemma"}, "DiffusionGemma", "self-conditioning"),
+        ({"model_type": "qwen2", "text_mask_token_id": 5, "causal_attn": False}, "SDLM", "a check of its Qwen2 code"),
+        ({"model_type": "PanguEmbedded"}, "NBDiff, openPangu-Diffusion", "its own transformer"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named_with_what_it_would_take(tmp_path, config, family, needed):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"weight": torch.zeros(2, 3)}, tmp_path / "model.safetensors")
+    found = inspect(tmp_path)
+    assert (found.family, found.loads, found.weights.parameters) == (family, False, 6)
+    with pytest.raises(UnsupportedModel, match=f"{family} is not loaded; it would need .*{needed}"):
+        load(tmp_path)
+
+
+def test_inspect_tells_ours_from_ar_models_and_from_the_unknown(trained, tmp_path, capsys):
+    code, out, _ = run("inspect", trained / "checkpoint", "--json", tmp_path / "seen.json", capsys=capsys)
+    assert code == 0
+    assert "a block diffusion model of blockdiff" in out
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    described = json.loads((trained / "checkpoint" / "block_diffusion.json").read_text())
+    assert seen["conventions"]["mask_id"] == {"value": described["mask_id"], "source": "block_diffusion.json"}
+    assert {"command", "seed", "versions"} <= set(seen)
+    assert seen["loads"]
+    state = load_file(trained / "checkpoint" / "model.safetensors")
+    assert seen["weights"]["parameters"] == sum(tensor.numel() for tensor in state.values())
+
+    plain = Path(shutil.copytree(trained / "checkpoint", tmp_path / "plain"))
+    (plain / "block_diffusion.json").unlink()
+    assert "an AR model" in inspect(plain).family
+    found = inspect(rewrite(plain, model_type="brand_new", architectures=["BrandNew"]))
+    assert (found.family, found.conventions, found.loads) == ("unknown", {}, False)
+    assert "'brand_new' is no decoder of transformers" in str(found)
+    assert run("inspect", tmp_path / "nothing", capsys=capsys)[0] == 2
+
+
+def exportable(**changes: object):
+    model = attach(tiny.backbone("qwen3", dtype=torch.float32, rope_parameters=ROPE, **SMALL), spec=SDAR)
+    model.spec = Spec(**{**vars(SDAR), **changes})
+    return model
+
+
+@torch.no_grad()
+def test_the_export_loads_back_to_the_same_bits(tmp_path):
+    model = exportable()
+    export_sdar(model, tmp_path / "out")
+    tokens = TokenMap.from_layouts([[Layout(2, (4, 4, 2))]])
+    assert load(tmp_path / "out").spec == SDAR
+    (tmp_path / "out" / "block_diffusion.json").unlink()  # as an engine's user would get it: by the table alone
+    again = load(tmp_path / "out")
+    assert (again.spec.mask_id, again.spec.clean_context, again.spec.layout) == (MASK, "block_causal", Fixed(4, 3))
+    for stream in (tokens, tokens.as_noisy()):
+        assert torch.equal(again(IDS, stream), model(IDS, stream))
+
+    # the twin: another rotary base, which the weights do not tell
+    rewrite(tmp_path / "out", rope_theta=1e4, rope_parameters=None)
+    assert not torch.equal(load(tmp_path / "out")(IDS, tokens), model(IDS, tokens))
+
+
+@pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated:FutureWarning")  # engines read it by that name
+def test_engines_find_every_key_they_read(tmp_path):
+    """As they read it: through the config's own file, attributes of the top level, with the engines' defaults."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 500000.0}
+    for name, rope in (("plain", ROPE), ("yarn", yarn)):
+        model = exportable()
+        model.backbone.config.rope_parameters = rope
+        model.backbone.config.pad_token_id = None
+        export_sdar(model, tmp_path / name)
+        config = AutoConfig.from_pretrained(tmp_path / name, trust_remote_code=True)  # the file we have just written
+        assert config.architectures == ["SDARForCausalLM"]
+        assert (config.model_type, config.mask_token_id, config.pad_token_id) == ("sdar", MASK, 2)
+        assert config.rope_theta == 500000.0
+        assert config.rope_parameters == rope
+        for key in ("attention_bias", "sliding_window", "head_dim", "rms_norm_eps", "tie_word_embeddings"):
+            assert hasattr(config, key)
+        stated = json.loads((tmp_path / name / "config.json").read_text())
+        assert stated["torch_dtype"] == "float32"
+        expected = {key: value for key, value in yarn.items() if key != "rope_theta"} if name == "yarn" else None
+        assert stated["rope_scaling"] == expected
+        assert "block_size: 4" in (tmp_path / name / "launch.yaml").read_text()
+    # the twin: what transformers 5 writes by itself
+    exportable().save(tmp_path / "ours")
+    assert "rope_theta" not in json.loads((tmp_path / "ours" / "config.json").read_text())
+
+
+@torch.no_grad()
+def test_lora_is_merged_into_the_export(tmp_path):
+    pytest.importorskip("peft")
+    model, tokens = exportable(), TokenMap.from_layouts([[Layout(2, (4, 4, 2))]])
+    before = model(IDS, tokens)
+    model.attach_adapter(Adapter("lora", rank=2))
+    for name, parameter in model.backbone.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
+    adapted = model(IDS, tokens)
+    export_sdar(model, tmp_path / "out")
+    again = load(tmp_path / "out")(IDS, tokens)
+    real = torch.arange(SMALL["vocab_size"]) != MASK
+    torch.testing.assert_close(again[:, real], adapted[:, real], atol=1e-4, rtol=1e-4)
+    assert (again - before)[:, real].abs().max() > 1e-2
+    frozen = exportable()
+    frozen.attach_adapter(Adapter("noisy", rank=2))
+    with pytest.raises(UnsupportedModel, match="acts on the noisy stream alone"):
+        export_sdar(frozen, tmp_path / "frozen")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alignment": Alignment("shift")}, "predicts with shifted logits, SDAR at the token's own place: train with"),
+        ({"clean_context": "context_causal"}, "clean context is context_causal, SDAR's is block_causal: train with"),
+        ({"mask_id": 37}, "its mask id is 37, and engines have 151669 in their code"),
+        ({"mask_id": None}, "it is a plain AR model: train with preset: sdar"),
+    ],
+)
+def test_what_the_format_cannot_hold_is_refused(tmp_path, changes, message):
+    with pytest.raises(UnsupportedModel, match=message):
+        export_sdar(exportable(**changes), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_writes_all_or_nothing_and_over_nothing(sdar, trained, tmp_path, capsys, monkeypatch):
+    code, _, error = run("export", trained / "checkpoint", tmp_path / "out", "--format", "sdar", capsys=capsys)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "its network is llama, SDAR's is Qwen3: adapt a Qwen3 checkpoint" in error
+    assert run("export", sdar, tmp_path / "out", "--format", "gguf", capsys=capsys)[0] == 2
+    assert not list(tmp_path.iterdir())
+
+    code, out, error = run("export", sdar, tmp_path / "out", capsys=capsys)
+    assert code == 0
+    assert f"written: {tmp_path / 'out' / 'launch.yaml'}" in out
+    assert "engines read prompts in blocks" in error
+    before = (tmp_path / "out" / "config.json").read_bytes()
+    code, _, error = run("export", sdar, tmp_path / "out", capsys=capsys)
+    assert (code, "something is there already" in error) == (2, True)
+    assert (tmp_path / "out" / "config.json").read_bytes() == before
+
+    monkeypatch.setattr("blockdiff.export.sdar_config", lambda *given: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        export_sdar(exportable(), tmp_path / "second")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
