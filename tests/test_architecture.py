@@ -40,8 +40,8 @@ LAYERS = [
     },
     {"trainer", "engine", "evaluate", "explain"},
     {"building", "training", "api", "report", "demo", "experiment", "sample", "owntext", "bench", "frontier", "curves"}
-    | {"harness", "trace"},
-    {"serve", "chat", "batch"},
+    | {"harness", "trace", "batch"},
+    {"serve", "chat"},
     {"cli_options", "cli_data", "cli_evaluate", "cli_experiment", "cli_generate", "cli_bench", "cli_tasks", "cli_serve"}
     | {"cli", "cli_chat", "cli_batch", "cli_checkpoints", "__main__"},
 ]

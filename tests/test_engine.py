@@ -18,7 +18,7 @@ from test_generation import TEXT
 from blockdiff.decode import POLICIES, Sampling, parse
 from blockdiff.engine import Engine, Limits, Request, generate
 from blockdiff.engine import network as network_module
-from blockdiff.engine.limits import texts_of
+from blockdiff.engine.limits import bytes_per_token, limits_in, texts_of
 from blockdiff.engine.network import Network, prepared
 from blockdiff.engine.pages import OutOfPages, Pages, Table
 from blockdiff.engine.ragged import Segment, Stack
@@ -710,6 +710,22 @@ def test_special_policies_under_scarcity(name):
     assert [seen(job.output) for job in jobs] == expected
     assert engine.pages.in_use == 0
     assert engine.preemptions > 0
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "gpt2"])
+def test_memory_is_reckoned_as_it_is_taken(architecture):
+    """The bytes of a token are those of the pages once they are there, and limits follow them."""
+    model = model_of(architecture=architecture)
+    engine = Engine(model, Limits(pages=8, page_size=4))
+    engine.add(Request((5, 9), 4, 2))
+    while engine.busy:
+        engine.step()
+    taken = sum(memory.nbytes for memory in (*engine.pages.keys.values(), *engine.pages.values.values()))
+    assert bytes_per_token(model) == taken // 32
+    free = 8 * bytes_per_token(model) * model.context_length  # a quarter: two contexts
+    assert limits_in(model, 64, free).pages * 16 == 2 * model.context_length
+    assert limits_in(model, 64, 10 * free).pages * 16 == 20 * model.context_length
+    assert limits_in(model, 64, free, 160).pages == 10
 
 
 @pytest.mark.parametrize(("pages", "seed"), [(95, 11), (130, 1), (110, 0)])

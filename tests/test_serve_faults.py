@@ -388,6 +388,7 @@ def test_a_request_that_never_gets_a_place_is_told_to_come_back(trained: Path, m
         assert int(answer.headers["retry-after"]) >= 1
         stream = client.post("/v1/completions", json={**body, "stream": True}).text
         assert "too busy to begin" in stream
+        assert "rate_limit_error" in stream
         assert "[DONE]" not in stream
 
 

@@ -21,11 +21,10 @@ import torch
 from blockdiff.api import Model
 from blockdiff.data import is_message
 from blockdiff.datafiles import DataError, json_row, numbered_lines
-from blockdiff.engine import Engine, Output, Request
+from blockdiff.engine import Engine, Output, Request, limits_in
 from blockdiff.engine.network import prepared
 from blockdiff.parts import Parts, Totals
 from blockdiff.runtime import free_memory, record
-from blockdiff.serve.settings import Settings, engine_limits
 
 OnProgress = Callable[["Progress"], None]
 _SAMPLED = 64  # values of each weight that tell two models apart
@@ -110,7 +109,7 @@ def answer_file(
     be used.
     """
     request = model.request(constraint=model.constraint(regex, json_schema), **options)
-    engine = Engine(model, engine_limits(model, Settings("batch", running=running), 0, _free_memory(model)))
+    engine = Engine(model, limits_in(model, running, _free_memory(model)))
     engine.check(request)
     checksum, rows = _scan(input)
     asked = {

@@ -60,11 +60,12 @@ def serve(
     missing = [name for name in ("fastapi", "uvicorn", "sse_starlette", "prometheus_client") if find_spec(name) is None]
     if missing:
         raise ValueError(f"serve needs {', '.join(missing)}: pip install 'blockdiff[serve]'")
+    from blockdiff.engine import limits_in
     from blockdiff.runtime import free_memory
     from blockdiff.serve.app import Application
     from blockdiff.serve.listen import listen_on
     from blockdiff.serve.listen import serve as run
-    from blockdiff.serve.settings import Settings, engine_limits
+    from blockdiff.serve.settings import Settings
 
     settings = Settings(
         name=name or _name_of(path),
@@ -87,7 +88,7 @@ def serve(
         model = load_model(path)
         if chat_template is not None:
             model.set_chat_template(chat_template)
-        limits = engine_limits(model, settings, cache_tokens, free_memory(model.device))
+        limits = limits_in(model, running, free_memory(model.device), cache_tokens)
         logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s")
         app = Application(model, settings, limits)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"

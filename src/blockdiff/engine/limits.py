@@ -9,6 +9,8 @@ from blockdiff.engine.request import Request
 from blockdiff.engine.rows import Kind
 from blockdiff.model import BlockDiffusionModel
 
+_MEMORY_SHARE = 0.25  # of the free memory, for keys and values
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -60,6 +62,24 @@ def limits_for(model: BlockDiffusionModel, requests: Sequence[Request], limits: 
     if most * sum(texts) <= 2 * sum(pages):
         return replace(limits, pages=most * sum(texts), text_pages=most)
     return replace(limits, pages=sum(pages))
+
+
+def limits_in(model: BlockDiffusionModel, running: int, free_bytes: int, cache_tokens: int = 0) -> Limits:
+    """Limits for so many texts at once: room for `cache_tokens` tokens of keys and values, or (0) for as many as all of
+    them may need, up to a quarter of the free memory."""
+    tokens = cache_tokens
+    if not tokens:
+        wanted = running * model.context_length
+        tokens = max(min(wanted, int(_MEMORY_SHARE * free_bytes) // bytes_per_token(model)), 2 * model.context_length)
+    return Limits(pages=max(-(-tokens // Limits().page_size), 1), requests=running)
+
+
+def bytes_per_token(model: BlockDiffusionModel) -> int:
+    """Memory of one token's keys and values in all layers."""
+    config = model.backbone.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * width * model.dtype.itemsize)
 
 
 def rope_follows_length(model: BlockDiffusionModel) -> bool:

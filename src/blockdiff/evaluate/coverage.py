@@ -58,17 +58,7 @@ def decode_coverage(
     policy: Policy,
 ) -> Coverage:
     """Decoding after prompts of so many tokens, none of which ends before `max_new_tokens`."""
-    dry = [
-        decode_calls(
-            model.spec.alignment,
-            policy,
-            prompt=prompt,
-            block_size=block_size,
-            new_tokens=max_new_tokens,
-            context=model.context_length,
-        )
-        for prompt in prompts
-    ]
+    dry = [_decode_calls(model, prompt, block_size, max_new_tokens, policy) for prompt in prompts]
     return compare(trained_calls(model), Calls.cat(dry))
 
 
@@ -77,15 +67,19 @@ def decode_problem(
 ) -> str | None:
     """What `decode_coverage` finds uncovered after a prompt of so many tokens, in a sentence, in a tenth of its time:
     how often the rest was trained is not looked at. None where all is covered."""
-    calls = decode_calls(
+    calls = _decode_calls(model, prompt, block_size, max_new_tokens, policy)
+    return problem_of(violations_of(trained_calls(model), calls))
+
+
+def _decode_calls(model: BlockDiffusionModel, prompt: int, block_size: int, new_tokens: int, policy: Policy) -> Calls:
+    return decode_calls(
         model.spec.alignment,
         policy,
         prompt=prompt,
         block_size=block_size,
-        new_tokens=max_new_tokens,
+        new_tokens=new_tokens,
         context=model.context_length,
     )
-    return problem_of(violations_of(trained_calls(model), calls))
 
 
 def output_coverage(

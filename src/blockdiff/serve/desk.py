@@ -16,6 +16,7 @@ from sse_starlette import ServerSentEvent
 from starlette.requests import Request as HttpRequest
 
 from blockdiff.engine import Output
+from blockdiff.serve.guards import error_of
 from blockdiff.serve.metrics import Metrics
 from blockdiff.serve.orders import Order, Refused
 from blockdiff.serve.replies import Reply
@@ -194,8 +195,7 @@ class Visit:
                 yield _sent(self.reply.usage_chunk())
             yield ServerSentEvent("[DONE]", sep="\n")
         except Refused as refusal:
-            error = {"message": refusal.message, "type": "server_error", "param": None, "code": refusal.code}
-            yield _sent({"error": error})
+            yield _sent(error_of(refusal.status, refusal.message, refusal.param, refusal.code))
 
 
 def _sent(chunk: dict[str, Any], event: str | None = None) -> ServerSentEvent:

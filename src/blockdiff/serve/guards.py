@@ -20,6 +20,13 @@ _DISCARD_SECONDS = 5.0
 Tell = Callable[[str, str, int, float], None]
 
 
+def error_of(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """An error in OpenAI's shape."""
+    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
 def problem(
     status: int,
     message: str,
@@ -28,12 +35,9 @@ def problem(
     code: str | None = None,
     headers: dict[str, str] | None = None,
 ) -> JSONResponse:
-    """An error in OpenAI's shape. A client is not to send the same again, unless it is told when."""
-    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    """An error as an answer. A client is not to send the same again, unless it is told when."""
     retry = {} if status in (429, 503) else {"x-should-retry": "false"}
-    error = {"message": message, "type": kind, "param": param, "code": code}
-    return JSONResponse({"error": error}, status, headers={**retry, **(headers or {})})
+    return JSONResponse(error_of(status, message, param, code), status, headers={**retry, **(headers or {})})
 
 
 class Guards:

@@ -5,11 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from blockdiff.engine import Limits
-from blockdiff.model import BlockDiffusionModel
-
-_MEMORY_SHARE = 0.25  # of the free memory, for keys and values
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -52,23 +47,3 @@ class Settings:
             value, least = getattr(self, name), "above 0" if name in above else "of 0 or more"
             if not (math.isfinite(value) and (value > 0 or (value == 0 and name not in above))):
                 raise ValueError(f"serve: {name} is {value}; give a number {least}")
-
-
-def engine_limits(model: BlockDiffusionModel, settings: Settings, cache_tokens: int, free_bytes: int) -> Limits:
-    """The engine's limits: room for `cache_tokens` tokens of keys and values, or (0) for as many as all running texts
-    may need, up to a quarter of the free memory."""
-    tokens = cache_tokens
-    if not tokens:
-        wanted = settings.running * model.context_length
-        tokens = max(min(wanted, int(_MEMORY_SHARE * free_bytes) // bytes_per_token(model)), 2 * model.context_length)
-    size = Limits().page_size
-    return Limits(pages=max(-(-tokens // size), 1), requests=settings.running)
-
-
-def bytes_per_token(model: BlockDiffusionModel) -> int:
-    """Memory of one token's keys and values in all layers."""
-    config = model.backbone.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = next(model.backbone.parameters()).element_size()
-    return int(2 * config.num_hidden_layers * heads * width * size)
