@@ -4,7 +4,7 @@ JOBS ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if h
 BIN := .venv/bin
 DEMO ?= runs/demo
 
-.PHONY: setup demo test browser check format clean
+.PHONY: setup demo test browser check format docs dist clean
 
 setup: .venv/.installed
 
@@ -40,5 +40,13 @@ format: .venv/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The documentation as a site, in site/; any broken link or anchor is an error.
+docs: .venv/.installed-dev
+	$(BIN)/python docs/make_reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+dist: .venv/.installed-dev
+	$(BIN)/python -m build
+
 clean:
-	rm -rf .venv runs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv runs build dist site .pytest_cache .mypy_cache .ruff_cache

@@ -129,7 +129,7 @@ def equalities(device: str, dtype: torch.dtype) -> list[Row]:
 def loss_and_gradient(objective: Objective, model: Any, network: Any, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
     network.zero_grad()
     alignment = Alignment("shift", "seed")
-    terms = objective.terms(model, batch, alignment, VOCABULARY - 1, Generator().manual_seed(1))
+    terms = objective.terms(model, batch, alignment, VOCABULARY - 1, 1)
     loss = terms.loss(terms.tokens.sum(), 0.5)
     torch.autograd.backward(loss)
     gradient = torch.cat([p.grad.flatten().float() for p in network.parameters() if p.grad is not None])
@@ -174,7 +174,7 @@ def ar_loss(network: Any, batch: dict[str, Tensor]) -> Tensor:
 
 def two_stream_loss(model: Any, objective: Objective, batch: dict[str, Tensor], seed: int) -> Tensor:
     alignment = Alignment("shift", "seed")
-    terms = objective.terms(model, batch, alignment, VOCABULARY - 1, Generator().manual_seed(seed))
+    terms = objective.terms(model, batch, alignment, VOCABULARY - 1, seed)
     return terms.loss(terms.tokens.sum(), 0.0)
 
 

@@ -12,6 +12,8 @@ import sys
 import termios
 import time
 
+import psutil
+
 
 class Terminal:
     """`blockdiff` with these arguments; `expect` what it shows, `send` keys."""
@@ -41,6 +43,14 @@ class Terminal:
         shown, self._unread = self._unread[:end_of_text], self._unread[end_of_text:]
         return shown
 
+    def interrupt(self) -> None:
+        """Ctrl-C, when it waits for keys: between the prompt and that, CPython's readline loses it."""
+        end = time.monotonic() + 60
+        while psutil.Process(self.process.pid).status() != psutil.STATUS_SLEEPING:
+            assert time.monotonic() < end, "it does not wait for keys"
+            time.sleep(0.01)
+        self.send("\x03")
+
     def send(self, keys: str) -> None:
         os.write(self._master, keys.encode())
 
@@ -56,8 +66,9 @@ class Terminal:
 
 
 _OWN_TERMINAL = """
-import fcntl, sys, termios
+import fcntl, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C reaches who has the terminal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 from blockdiff.cli import main
 sys.argv[0] = "blockdiff"
 main()

@@ -117,6 +117,40 @@ def test_the_noisy_pass_in_two_is_the_pass_in_one(start):
     assert all("lora_" in name or name == "adapter.mask_row" for name in trainable)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pass_without_a_noisy_token_has_gradients_of_zero(start, kind):
+    """Blocks of one token alone: the losses are the clean stream's, and the adapter learns nothing from them."""
+    model = load(start(kind), add_mask=True)
+    model.attach_adapter(Adapter("noisy"))
+    ids, _ = batch(model.vocabulary - 1)
+    for sizes, learns in (((1, 1, 1, 1), False), ((1, 2, 1), True)):
+        tokens = TokenMap.from_layouts([[Layout(2, sizes)] * 2] * 2)
+        block = block_numbers(tokens, maskable(tokens, model.spec.alignment))
+        draw = ExactCount().draw(block, torch.Generator().manual_seed(1))
+        ids = ids[:, : tokens.shape[1]]
+        stream = two_streams(ids, tokens, draw, model.spec.alignment, model.spec.mask_id, with_ar=True)
+        asked = {"read": stream.reads.index, "target": stream.reads.target}
+        model.zero_grad()
+        losses = model(stream.ids, stream.tokens, **asked)
+        losses.sum().backward()
+        with torch.no_grad():
+            torch.testing.assert_close(losses.detach(), model(stream.ids, stream.tokens, **asked), atol=1e-5, rtol=0)
+        trained = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+        assert all(gradient is not None for gradient in trained)
+        assert any(bool(gradient.any()) for gradient in trained) == learns
+
+
+def test_training_goes_through_passes_without_a_noisy_token(start, tmp_path):
+    tree = tiny_config(
+        tmp_path, train={"steps": 6, "rows": 1, "log_every": 1, "learning_rate": 0.02}, eval={"block_sizes": []}
+    )
+    tree["model"] = {"init": str(start("llama")), "adapter": {"kind": "noisy", "rank": 4}}
+    tree["layout"] = {"kind": "mixture", "shares": {"1": 0.5, "8": 0.5}}
+    run = train(make_config(tree))
+    norms = [json.loads(line).get("grad_norm") for line in run.metrics.read_text().splitlines()]
+    assert {norm == 0 for norm in norms if norm is not None} == {True, False}
+
+
 @pytest.mark.parametrize("kind", ["noisy", "lora"])
 def test_adapters_resume_to_the_same_end(start, tmp_path, kind):
     first = start("llama")

@@ -15,8 +15,9 @@ ROOT = Path(blockdiff.__file__).parent
 # each layer may import the ones before it; modules of one layer as listed in SIDEWAYS only
 LAYERS = [
     {"rng", "files", "runtime", "layout", "distributions", "noise", "masks", "objectives", "reference", "decode"}
-    | {"cross_entropy"}
-    | {"partitions", "masking", "ablations", "curriculum", "passes", "coverage", "statistics", "arithmetic"},
+    | {"cross_entropy", "shards"}
+    | {"partitions", "masking", "ablations", "curriculum", "draws", "passes", "coverage", "statistics", "arithmetic"}
+    | {"own_layouts"},
     {
         "attention",
         "tiled",
@@ -25,10 +26,14 @@ LAYERS = [
         "model",
         "probe",
         "loading",
+        "conversion",
+        "dit",
+        "llada2",
         "families",
         "foreign",
         "inspecting",
         "export",
+        "prompting",
         "data",
         "datafiles",
         "parts",
@@ -38,15 +43,15 @@ LAYERS = [
         "config",
         "progress",
     },
-    {"trainer", "engine", "evaluate", "explain"},
+    {"trainer", "engine", "evaluate", "explain", "diffusion_gemma"},
     {"building", "training", "api", "report", "demo", "experiment", "sample", "owntext", "bench", "frontier", "curves"}
-    | {"harness", "trace", "batch"},
+    | {"harness", "trace", "batch", "rays", "budget", "estimate", "recipes"},
     {"serve", "chat"},
     {"cli_options", "cli_data", "cli_evaluate", "cli_experiment", "cli_generate", "cli_bench", "cli_tasks", "cli_serve"}
-    | {"cli", "cli_chat", "cli_batch", "cli_checkpoints", "__main__"},
+    | {"cli", "cli_chat", "cli_batch", "cli_checkpoints", "cli_recipes", "__main__"},
 ]
 MATH = {"rng", "layout", "distributions", "noise", "masks", "objectives", "reference", "decode", "curriculum"}
-MATH |= {"coverage", "cross_entropy", "passes", "partitions", "masking", "ablations"}
+MATH |= {"coverage", "cross_entropy", "draws", "passes", "partitions", "masking", "ablations", "own_layouts"}
 
 
 def modules() -> dict[str, set[str]]:

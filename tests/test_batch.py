@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import full_disk
 from test_cli import run
 
 from blockdiff.api import load
-from blockdiff.batch import Shard, answer_file
+from blockdiff.batch import answer_file
 from blockdiff.datafiles import DataError
 from blockdiff.decode import Sampling
 from blockdiff.parts import Parts
+from blockdiff.shards import Shard
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "one", "red", "dog", "ate", "two", "hats", "and", "we", "ran")
 DRAWN: dict[str, Any] = {"max_new_tokens": 10, "block_size": 4, "sampling": Sampling(0.9), "seed": 5}
@@ -52,19 +54,25 @@ def model(trained):
 
 def test_rows_get_what_generate_gives_them(model, tmp_path):
     texts = prompts(70)
-    rows = write_rows(tmp_path / "rows.jsonl", [{"id": f"q{i}", "prompt": text} for i, text in enumerate(texts)])
+    ids = [*(f"q{i}" for i in range(66)), 1.5, None, ["a", 2], {"a": {"b": 1}}]  # of any kind
+    rows = write_rows(tmp_path / "rows.jsonl", [{"id": i, "prompt": text} for i, text in zip(ids, texts, strict=True)])
     outcome = answer_file(model, rows, tmp_path / "out", running=9, **DRAWN)
     expected = model.generate(texts, **DRAWN)
     found = answers(tmp_path / "out")
     assert [row["text"] for row in found] == [output.text for output in expected]
     assert [row["forwards"] for row in found] == [output.forwards for output in expected]
-    assert [(row["row"], row["id"], row["seed"]) for row in found] == [(i, f"q{i}", 5 + i) for i in range(70)]
+    assert [(row["row"], row["id"], row["seed"]) for row in found] == [(i, ids[i], 5 + i) for i in range(70)]
     assert outcome.whole is not None
     assert (outcome.whole.rows, outcome.whole.errors) == (70, 0)
     assert outcome.whole.tokens == sum(len(output.tokens) for output in expected)
     answer_file(model, rows, tmp_path / "other", **{**DRAWN, "seed": 6})
     differing = [a["text"] != b["text"] for a, b in zip(found, answers(tmp_path / "other"), strict=True)]
     assert sum(differing) > 35  # the seed reaches the rows
+    part = rf"{tmp_path / 'full'}/.*: File too large; make room"
+    with full_disk(500), pytest.raises(OSError, match=part):
+        answer_file(model, rows, tmp_path / "full", running=9, **DRAWN)
+    answer_file(model, rows, tmp_path / "full", **DRAWN)
+    assert answers(tmp_path / "full") == found
     squeezed = tmp_path / "rows.jsonl.gz"
     squeezed.write_bytes(gzip.compress(rows.read_bytes()))
     assert answer_file(model, squeezed, tmp_path / "out", **DRAWN).found == 70  # the same rows

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import resource
 import shutil
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from conftest import tiny_config
+from conftest import full_disk, tiny_config
 from safetensors.torch import load_file, save_file
 
 import blockdiff
@@ -153,20 +152,22 @@ def test_a_new_run_replaces_an_old_one_only_when_its_input_is_good(tmp_path):
     assert whole()
 
 
-def test_a_disk_that_is_full_at_the_very_end_is_one_line(tmp_path, monkeypatch):
-    config = make_config(tiny_config(tmp_path, train={"steps": 3}, eval={"block_sizes": []}))
+@pytest.mark.parametrize("save_every", [2, None])
+def test_a_disk_that_is_full_at_the_very_end_is_one_line(tmp_path, monkeypatch, save_every):
+    config = make_config(tiny_config(tmp_path, train={"steps": 3, "save_every": save_every}, eval={"block_sizes": []}))
+    kept = Path(config.output) / "trainer" / "checkpoint-3" if save_every else None
     save = blockdiff.model.BlockDiffusionModel.save
 
     def save_on_a_full_disk(model, path):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-        save(model, path)
+        with full_disk():
+            save(model, path)
 
     monkeypatch.setattr(blockdiff.model.BlockDiffusionModel, "save", save_on_a_full_disk)
-    try:
-        with pytest.raises(OSError, match=r"could not write the finished model to .*checkpoint") as caught:
-            train(config)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    with pytest.raises(OSError, match=r"could not write the finished model: .*checkpoint: .*; make room") as caught:
+        train(config)
+    assert str(caught.value).endswith(
+        ("; --resume goes on from " + str(kept)) if kept else "kept (train.save_every is none)"
+    )
     assert "\n" not in str(caught.value)
     assert not RunDirectory(Path(config.output)).checkpoint.exists()
 

@@ -15,7 +15,7 @@ from blockdiff.config import ConfigError, make_config
 from blockdiff.curriculum import ClipSearch, CountProposal, Growth, ShareSearch
 from blockdiff.distributions import AR, AdaptiveMixture, Fixed, ScaleMixture
 from blockdiff.layout import TokenMap
-from blockdiff.masking import complement, proposed_count
+from blockdiff.masking import Corruption, complement, proposed_count, systematic
 from blockdiff.model import Spec
 from blockdiff.noise import Clipped, ExactCount, LearnedCount, SearchedClip
 from blockdiff.objectives import block_numbers, maskable, score, token_losses, two_streams
@@ -30,6 +30,13 @@ def blocks_of(sizes: list[int]) -> torch.Tensor:
 def counts_of(draw, size: int) -> list[float]:
     found = torch.bincount(draw.count.view(-1, size)[:, 0], minlength=size + 1)
     return (found / found.sum()).tolist()
+
+
+def draws_of(block: torch.Tensor, count: int) -> list[Corruption]:
+    """Draws of exact counts that share their numbers for the blocks."""
+    generator = torch.Generator().manual_seed(0)
+    u_token = torch.rand(count, len(block), dtype=torch.float64, generator=generator)
+    return ExactCount().draws(block, systematic(int(block[-1]) + 1, generator), u_token)
 
 
 def sizes_over(growth: Growth, largest: int) -> list[int]:
@@ -71,6 +78,8 @@ def test_a_learned_proposal_stays_unbiased_and_has_the_least_variance():
     proposal = CountProposal(LearnedCount(floor=0.1))
     draw = ExactCount().draw(block, generator)
     proposal.observe(draw, per_mask[draw.count][draw.masked], block)
+    assert torch.equal(proposal.kappa(), CountProposal(LearnedCount(floor=0.1)).kappa())  # until the step is over
+    proposal.settle(lambda noted: noted)
     kappa = proposal.kappa()[n]
     assert float(kappa.sum()) == pytest.approx(1)
     best = per_mask[: n + 1] / per_mask[1:].sum()
@@ -96,6 +105,7 @@ def test_a_proposal_never_loses_the_support_of_a_count():
     torch.testing.assert_close(draw.weight, 1 / (draw.count * skewed[6, draw.count]))
     state = CountProposal(LearnedCount())
     state.observe(draw, torch.ones(int(draw.masked.sum())), blocks_of([6] * 20000))
+    state.settle(lambda noted: noted)
     again = CountProposal(LearnedCount())
     again.restore(json.loads(json.dumps(state.state())))
     assert torch.equal(again.kappa(), state.kappa())
@@ -182,7 +192,7 @@ def test_draws_that_share_a_clean_pass_are_the_mean_of_passes_of_their_own(predi
     ids, tokens, _ = tiny.random_batch(3)
     alignment = model.spec.alignment
     block = block_numbers(tokens, maskable(tokens, alignment))
-    draws = ExactCount().draws(block, torch.Generator().manual_seed(0), 3)
+    draws = draws_of(block, 3)
 
     def loss(chosen) -> torch.Tensor:
         stream = two_streams(ids, tokens, chosen, alignment, model.spec.mask_id or 0, with_ar=True)
@@ -211,7 +221,7 @@ def test_a_complement_masks_what_was_left_and_is_as_unbiased():
 
 
 def test_antithetic_draws_move_the_noise_level():
-    draws = ExactCount().draws(blocks_of([4] * 1000), torch.Generator().manual_seed(0), 4)
+    draws = draws_of(blocks_of([4] * 1000), 4)
     counts = torch.stack([draw.count.view(-1, 4)[:, 0] for draw in draws])
     assert (counts.sort(0).values == torch.arange(1, 5)[:, None]).all()  # each block meets every count once
 
@@ -279,7 +289,7 @@ def test_padding_and_packing_do_not_let_draws_see_one_another():
     model = tiny.model("gpt_neox", "same")
     ids, tokens, _ = tiny.random_batch(5)
     block = block_numbers(tokens, maskable(tokens, model.spec.alignment))
-    a, b, c = ExactCount().draws(block, torch.Generator().manual_seed(0), 3)
+    a, b, c = draws_of(block, 3)
     assert isinstance(tokens, TokenMap)
     losses = []
     for pair in ((a, b), (a, c)):

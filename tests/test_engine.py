@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import random
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -572,6 +573,22 @@ def test_the_record_gives_the_networks_numbers(architecture, monkeypatch):
     changed = engine_after(model, request)
     monkeypatch.setattr(network_module, "WARM_UP", 10**9)
     assert engine_after(model, request) == changed != plain
+
+
+def test_recording_says_nothing_of_its_own(monkeypatch):
+    """transformers warns of the loss of a model without a head, which tracing asks for."""
+    log, said = logging.getLogger("transformers.modeling_utils"), []
+    monkeypatch.setattr(log, "callHandlers", lambda record: said.append(record.getMessage()))
+    monkeypatch.setattr(log, "isEnabledFor", lambda level: level >= logging.WARNING)
+    log.warning_once.cache_clear()
+    monkeypatch.setattr(network_module, "WARM_UP", 0)
+    model = model_of()
+    engine_after(model, Request((5, 9), 8, 4, POLICIES["fixed_count"]))
+    assert any(Network.of(model)._records.values())
+    assert said == []
+    log.warning_once.cache_clear()
+    assert model.backbone.base_model.loss_function is not None
+    assert ["loss_type" in text for text in said] == [True]
 
 
 def test_a_path_that_depends_on_the_numbers_is_not_recorded(monkeypatch):

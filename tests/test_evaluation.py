@@ -272,7 +272,7 @@ def test_eval_length_measures_bin_by_bin(trained, tmp_path, capsys):
         assert first[0]["nats_per_token"] == pytest.approx(
             first[1]["nats_per_token"], abs=1e-5
         )  # nothing is out of sight
-        assert last[0]["nats_per_token"] != pytest.approx(last[1]["nats_per_token"], abs=1e-3)  # twin
+        assert last[0]["nats_per_token"] != pytest.approx(last[1]["nats_per_token"], abs=1e-4)  # twin
     assert rows["AR", "full", 1]["variance"] == 0 < rows["b4", "full", 1]["variance"]
     assert rows["full", "full", 0]["block_size"] == 64
     assert rows["full", "window", 0]["block_size"] == 16

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import transformers
+from conftest import full_disk
 from safetensors.torch import load_file, save_file
 from test_cli import run
 from transformers import AutoConfig
 
+from blockdiff import export
 from blockdiff.adapters import Adapter
 from blockdiff.attention import UnsupportedModel
 from blockdiff.distributions import Fixed
@@ -26,6 +30,7 @@ from blockdiff.objectives import Alignment
 
 MASK = 151669
 SMALL = {"vocab_size": 151680, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
+EXPERTS = {"norm_topk_prob": True}
 ROPE = {"rope_type": "default", "rope_theta": 500000.0}
 SDAR = Spec(
     mask_id=MASK,
@@ -184,16 +189,38 @@ def test_mixtures_of_experts_load_too(tmp_path):
     folder = write(tmp_path / "moe", "qwen3_moe", model_type="sdar_moe", num_local_experts=None, num_experts=4)
     assert type(load(folder).backbone).__name__ == "Qwen3MoeForCausalLM"
     assert inspect(folder).loads
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("experts.3.up_proj.weight"))
+    bent = {**weights, name: weights[name][:-1].contiguous()}
+    for changed, words in (
+        ({n: w for n, w in weights.items() if n != name}, f"among them {name}"),
+        (bent, f"{name} is"),
+    ):
+        save_file(changed, folder / "model.safetensors", {"format": "pt"})
+        found = inspect(folder)
+        assert not found.loads
+        assert words in found.problem
+
+
+@pytest.mark.parametrize(("version", "seen"), [("4.57.3", False), ("5.20.0", True)])
+def test_the_exported_config_code_leaves_rope_where_each_transformers_looks(monkeypatch, version, seen):
+    """LMDeploy takes `rope_parameters` where the config has it, and then wants a `rope_scaling` that transformers 4 has
+    not made of it."""
+    monkeypatch.setattr(transformers, "__version__", version)
+    names: dict = {}
+    exec(export._CONFIG_CODE.replace("{model_type}", "sdar"), names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of rope_scaling, by the transformers that is really here
+        config = names["SDARConfig"](rope_theta=1e6, rope_parameters={"rope_theta": 1e6, "rope_type": "default"})
+    assert config.rope_theta == 1e6
+    assert bool(vars(config).get("rope_parameters")) == seen
 
 
 @pytest.mark.parametrize(
     ("config", "family", "needed"),
     [
         ({"architectures": ["LLaDAModelLM"], "model_type": "llada"}, "LLaDA", "its own transformer"),
-        ({"architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe"}, "LLaDA 2", "its mixture of experts"),
         ({"architectures": ["DreamModel"], "model_type": "Dream"}, "Dream", "in both directions"),
-        ({"architectures": ["BD3LM"], "model_type": "bd3lm"}, "BD3-LM", r"diffusion transformer \(adaLN\)"),
-        ({"model_type": "diffusion_gemma"}, "DiffusionGemma", "self-conditioning"),
         ({"model_type": "qwen2", "text_mask_token_id": 5, "causal_attn": False}, "SDLM", "a check of its Qwen2 code"),
         ({"model_type": "PanguEmbedded"}, "NBDiff, openPangu-Diffusion", "its own transformer"),
     ],
@@ -228,15 +255,49 @@ def test_inspect_tells_ours_from_ar_models_and_from_the_unknown(trained, tmp_pat
     assert run("inspect", tmp_path / "nothing", capsys=capsys)[0] == 2
 
 
-def exportable(**changes: object):
-    model = attach(tiny.backbone("qwen3", dtype=torch.float32, rope_parameters=ROPE, **SMALL), spec=SDAR)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": "32"}, "expected int, got str"),
+        ({"num_attention_heads": 5}, "not a multiple of the number of attention heads"),
+        ({"num_attention_heads": 0}, "cannot be read"),
+        ({"dtype": []}, "cannot be read"),
+    ],
+)
+def test_inspect_says_what_is_wrong_with_a_config(trained, tmp_path, capsys, changes, message):
+    folder = rewrite(Path(shutil.copytree(trained / "checkpoint", tmp_path / "copy")), **changes)
+    found = inspect(folder)
+    assert not found.loads
+    assert message in found.problem
+    with pytest.raises(UnsupportedModel, match="cannot be read"):
+        load(folder)
+    for damaged in ({"model_type": {}}, {"architectures": True}, {"architectures": [1]}):
+        code, _, error = run("inspect", rewrite(folder, **damaged), capsys=capsys)
+        assert (code, error.count("\n")) == (2, 1)
+        assert "copy the checkpoint again" in error
+        rewrite(folder, model_type="llama", architectures=["LlamaForCausalLM"])
+
+
+def test_only_where_no_block_size_is_stated_one_is_taken_for_granted(copy):
+    assert "blocks of 4 are taken" in inspect(copy).note
+    assert any("blocks of 4 are taken" in note for note in load(copy).notes)
+    rewrite(copy, block_size=8)
+    assert inspect(copy).note
+    assert "blocks of 4" not in inspect(copy).note
+    assert not any("blocks of 4 are taken" in note for note in load(copy).notes)
+
+
+def exportable(kind: str = "qwen3", network: dict[str, object] | None = None, **changes: object):
+    settings = {**SMALL, **(EXPERTS if kind == "qwen3_moe" else {}), **(network or {})}
+    model = attach(tiny.backbone(kind, dtype=torch.float32, rope_parameters=ROPE, **settings), spec=SDAR)
     model.spec = Spec(**{**vars(SDAR), **changes})
     return model
 
 
 @torch.no_grad()
-def test_the_export_loads_back_to_the_same_bits(tmp_path):
-    model = exportable()
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_the_export_loads_back_to_the_same_bits(tmp_path, kind):
+    model = exportable(kind)
     export_sdar(model, tmp_path / "out")
     tokens = TokenMap.from_layouts([[Layout(2, (4, 4, 2))]])
     assert load(tmp_path / "out").spec == SDAR
@@ -265,7 +326,8 @@ def test_engines_find_every_key_they_read(tmp_path):
         assert (config.model_type, config.mask_token_id, config.pad_token_id) == ("sdar", MASK, 2)
         assert config.rope_theta == 500000.0
         assert config.rope_parameters == rope
-        for key in ("attention_bias", "sliding_window", "head_dim", "rms_norm_eps", "tie_word_embeddings"):
+        named = "attention_bias sliding_window head_dim rms_norm_eps tie_word_embeddings bos_token_id eos_token_id"
+        for key in named.split():
             assert hasattr(config, key)
         stated = json.loads((tmp_path / name / "config.json").read_text())
         assert stated["torch_dtype"] == "float32"
@@ -275,6 +337,41 @@ def test_engines_find_every_key_they_read(tmp_path):
     # the twin: what transformers 5 writes by itself
     exportable().save(tmp_path / "ours")
     assert "rope_theta" not in json.loads((tmp_path / "ours" / "config.json").read_text())
+
+
+@pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated:FutureWarning")
+def test_engines_find_the_experts_they_read(tmp_path):
+    """LMDeploy and SGLang look for every expert by its own name, and for `num_experts`, which transformers 5 calls
+    otherwise."""
+    exportable("qwen3_moe").save(tmp_path / "ours")
+    assert "num_experts" not in json.loads((tmp_path / "ours" / "config.json").read_text())
+    export_sdar(exportable("qwen3_moe"), tmp_path / "out")
+    config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert (config.model_type, config.architectures) == ("sdar_moe", ["SDARMoeForCausalLM"])
+    read = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    read |= {"mlp_only_layers": [], "decoder_sparse_step": 1, "rope_theta": 500000.0}
+    assert {key: getattr(config, key) for key in read} == read
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    for layer in range(3):
+        mlp = f"model.layers.{layer}.mlp."
+        wanted = {f"{mlp}experts.{e}.{name}_proj.weight" for e in range(4) for name in ("gate", "up", "down")}
+        assert {name for name in weights if name.startswith(mlp)} == wanted | {f"{mlp}gate.weight"}
+    assert weights["model.layers.0.mlp.experts.3.up_proj.weight"].shape == (32, SMALL["hidden_size"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "network", "message"),
+    [
+        ("qwen3_moe", {"mlp_only_layers": [1]}, "some of its layers have no experts"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "some of its layers have no experts"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "its experts' shares do not sum to one"),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, "have a sliding window"),
+    ],
+)
+def test_networks_that_engines_would_compute_otherwise_are_refused(tmp_path, kind, network, message):
+    with pytest.raises(UnsupportedModel, match=message):
+        export_sdar(exportable(kind, network), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 @torch.no_grad()
@@ -329,6 +426,13 @@ def test_export_writes_all_or_nothing_and_over_nothing(sdar, trained, tmp_path, 
     assert (code, "something is there already" in error) == (2, True)
     assert (tmp_path / "out" / "config.json").read_bytes() == before
 
+    with full_disk():
+        code, _, error = run("export", sdar, tmp_path / "second", capsys=capsys)
+    assert code == 1
+    said = error.splitlines()[-1]  # after the checkpoint's notes
+    assert said.startswith(f"blockdiff: {tmp_path / 'second'}: Error while serializing: I/O error: File too large")
+    assert said.endswith("; make room")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     monkeypatch.setattr("blockdiff.export.sdar_config", lambda *given: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         export_sdar(exportable(), tmp_path / "second")

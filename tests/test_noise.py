@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockdiff import noise
-from blockdiff.masking import left_masked, rank_in_block, stratified, subset
+from blockdiff.masking import left_masked, rank_in_block, subset, systematic
 from blockdiff.noise import Bernoulli, Clipped, ExactCount
 from blockdiff.rng import uniform
 
@@ -78,7 +78,7 @@ def test_a_mixture_of_orders_draws_each_with_its_share_and_keeps_the_strata():
 
 
 def test_strata_are_even_and_shuffled():
-    values = stratified(1000, torch.Generator().manual_seed(0))
+    values = systematic(1000, torch.Generator().manual_seed(0))
     assert sorted((values * 1000).long().tolist()) == list(range(1000))
     neighbours = torch.corrcoef(torch.stack([values[1:], values[:-1]]))[0, 1]
     assert abs(neighbours) < 0.15  # unshuffled strata would give 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -510,3 +511,13 @@ def test_limits_of_the_server(trained: Path):
         ):
             answer = client.post("/v1/completions", json={"prompt": "a", **body}).json()
             assert answer.get("error", {}).get("param") == param
+
+
+def test_pieces_of_an_answer_do_not_wait_for_each_other():
+    """A connection that is kept, and a stream, would else stand still for 40 ms at a time (Nagle's algorithm)."""
+    from blockdiff.serve.listen import listen_on
+
+    with listen_on("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

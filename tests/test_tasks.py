@@ -135,7 +135,7 @@ def test_gsm8k_is_asked_by_a_template_and_sampled(taught, tmp_path, capsys):
     other = ["--data", data, "--template", "def {question}():\\n", "--max-new-tokens", 24]
     apart, _ = measured(taught, *other, path=tmp_path / "b.json", capsys=capsys)
     assert apart["outputs"][0]["text"] != result["outputs"][0]["text"]
-    many = [*asked, "--temperature", 1.5, "--samples", 6, "--at", "1,3,6", "--batch", 5]
+    many = [*asked, "--temperature", 2.1, "--samples", 6, "--at", "1,3,6", "--batch", 5]
     result, _ = measured(taught, *many, path=tmp_path / "c.json", capsys=capsys)
     row, outputs = result["rows"][0], result["outputs"]
     assert [(o["question"], o["sample"]) for o in outputs] == [(q, s) for q in range(2) for s in range(6)]
@@ -147,7 +147,7 @@ def test_gsm8k_is_asked_by_a_template_and_sampled(taught, tmp_path, capsys):
     assert 0 <= row["pass_at"]["1"] < row["pass_at"]["6"]
     assert row["majority"] in (0.0, 0.5)
     # samples are told apart by their seeds alone: the first is what a single sample is, and the batch changes nothing
-    single, _ = measured(taught, *asked, "--temperature", 1.5, path=tmp_path / "d.json", capsys=capsys)
+    single, _ = measured(taught, *asked, "--temperature", 2.1, path=tmp_path / "d.json", capsys=capsys)
     assert [o["text"] for o in single["outputs"]] == [o["text"] for o in outputs if o["sample"] == 0]
 
 
@@ -174,7 +174,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path, capsys):
     for options, message in (
         ([], "give --data FILE or --harness TASKS, one of them"),
         (["--data", data, "--harness", "a"], "give --data FILE or --harness TASKS, one of them"),
-        (["--data", data, "--samples", 3], "--samples 3: greedy texts are all the same"),
+        (["--data", data, "--samples", 3, "--temperature", 0], "--samples 3: greedy texts are all the same"),
         (["--data", data, "--at", "1,2"], "--at 1,2: pass@k needs k from 1 to the 1 texts of --samples"),
         (["--data", data, "--at", "some"], "--at some: give whole numbers"),
         (["--data", data, "--exact"], "--exact has no effect on --data"),

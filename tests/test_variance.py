@@ -24,8 +24,8 @@ def rows():
 
 
 def gradient(model, objective, batch, draw: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(int(uniform(0, draw, _DRAW) * 2**53))
-    terms = objective.terms(model, batch, model.spec.alignment, model.spec.mask_id, generator)
+    seed = int(uniform(0, draw, _DRAW) * 2**53)
+    terms = objective.terms(model, batch, model.spec.alignment, model.spec.mask_id, seed)
     loss = terms.loss(terms.tokens.sum(), objective.ar_weight)
     found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(found, model.parameters())])

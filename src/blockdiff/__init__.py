@@ -9,14 +9,15 @@ blockdiff.train("configs/adapt.yaml")
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blockdiff.api import Model, bound, load, train
+    from blockdiff.api import Model, bound, load, load_writer, train
     from blockdiff.attention import UnsupportedModel
     from blockdiff.config import ConfigError
     from blockdiff.datafiles import DataError
     from blockdiff.decode import Policy, Sampling
 
 __version__ = "0.1.0"
-__all__ = ["ConfigError", "DataError", "Model", "Policy", "Sampling", "UnsupportedModel", "bound", "load", "train"]
+__all__ = ["ConfigError", "DataError", "Model", "Policy", "Sampling", "UnsupportedModel"]
+__all__ += ["bound", "load", "load_writer", "train"]
 
 _HOMES = {
     "ConfigError": "blockdiff.config",

@@ -11,14 +11,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from blockdiff.layout import TokenMap
 
 
-def noisy_prefix(ids: Tensor, tokens: TokenMap, share: float, mask_id: int, generator: Generator) -> Tensor:
-    """The clean stream's ids [B, L] with this share of the answers' tokens masked; prompts stay as they are."""
-    hidden = torch.rand(ids.shape, generator=generator).to(ids.device) < share
+def noisy_prefix(ids: Tensor, tokens: TokenMap, share: float, mask_id: int, u: Tensor) -> Tensor:
+    """The clean stream's ids [B, L] with this share of the answers' tokens masked; prompts stay as they are.
+    u [B, L] uniform in (0, 1)."""
+    hidden = u < share
     return ids.masked_fill(hidden & tokens.scored, mask_id)
 
 
@@ -48,7 +49,8 @@ def with_suffix(tokens: TokenMap, denoised: TokenMap) -> tuple[TokenMap, Tensor]
     return widened, suffix
 
 
-def visible_suffix(ids: Tensor, suffix: Tensor, share: float, mask_id: int, generator: Generator) -> Tensor:
-    """The noisy stream's ids [B, L] with this share of the suffix's tokens left visible and the others masked."""
-    shown = torch.rand(ids.shape, generator=generator).to(ids.device) < share
+def visible_suffix(ids: Tensor, suffix: Tensor, share: float, mask_id: int, u: Tensor) -> Tensor:
+    """The noisy stream's ids [B, L] with this share of the suffix's tokens left visible and the others masked.
+    u [B, L] uniform in (0, 1)."""
+    shown = u < share
     return ids.masked_fill(suffix & ~shown, mask_id)

@@ -182,14 +182,26 @@ class AttachedAdapter(nn.Module):
         return torch.where(masked[..., None], self.mask_row.to(output.dtype), output)
 
 
-def linear_names(backbone: PreTrainedModel) -> list[str]:
-    """Names of the linear layers that an adapter may act on: all but the language-model head."""
+def adapted_layers(backbone: PreTrainedModel, settings: Adapter) -> list[str]:
+    """Names of the linear layers that an adapter acts on: its targets, or all but the language-model head.
+
+    Raises UnsupportedModel for a target that names none.
+    """
     head = backbone.get_output_embeddings()
-    return [
+    names = [
         name
         for name, module in backbone.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     ]
+    for target in settings.targets:
+        if not any(_is_called(name, target) for name in names):
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+            raise UnsupportedModel(f"adapter.targets: no linear layer is called {target}; this model has {known}")
+    return [name for name in names if not settings.targets or any(_is_called(name, t) for t in settings.targets)]
+
+
+def _is_called(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
 
 
 def _inject(backbone: PreTrainedModel, settings: Adapter) -> PeftModel:
@@ -197,16 +209,7 @@ def _inject(backbone: PreTrainedModel, settings: Adapter) -> PeftModel:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UnsupportedModel("adapter: needs the package peft; pip install 'blockdiff[lora]'") from error
-    names = linear_names(backbone)
-    for target in settings.targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
-            raise UnsupportedModel(f"adapter.targets: no linear layer is called {target}; this model has {known}")
-    chosen = [
-        name
-        for name in names
-        if not settings.targets or any(name == t or name.endswith(f".{t}") for t in settings.targets)
-    ]
+    chosen = adapted_layers(backbone, settings)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,

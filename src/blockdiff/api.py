@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, TemplateError
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from blockdiff import evaluate, loading, training
+from blockdiff import evaluate, loading
 from blockdiff.attention import Implementation
 from blockdiff.building import encoder_of
 from blockdiff.config import RunConfig, load_config, make_config
@@ -21,12 +19,15 @@ from blockdiff.datafiles import BadRows
 from blockdiff.decode import Policy, Sampling, named
 from blockdiff.decode.automaton import Automaton, compile_pattern, schema_pattern
 from blockdiff.decode.pieces import token_pieces
+from blockdiff.diffusion_gemma import DiffusionGemma
 from blockdiff.engine import Output, Request, generate
 from blockdiff.engine.entry import OnStep
 from blockdiff.engine.runner import OnText
 from blockdiff.engine.stream import pieces
 from blockdiff.evaluate import BoundRow
+from blockdiff.foreign import foreign_family
 from blockdiff.model import BlockDiffusionModel
+from blockdiff.prompting import Prompting
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Infilled:
     output: Output
 
 
-class Model(BlockDiffusionModel):
+class Model(Prompting, BlockDiffusionModel):
     """A block diffusion model that generates text. `backbone` is the Hugging Face model, `spec` how it was trained."""
 
     def generate(
@@ -176,12 +177,6 @@ class Model(BlockDiffusionModel):
         pattern = regex if regex is not None else schema_pattern(json_schema or "")
         return compile_pattern(pattern, self._pieces, self.end_ids)
 
-    @property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            raise ValueError("the model has no tokenizer: load it from a directory that holds one")
-        return self.tokenizer
-
     def coverage(
         self,
         prompt_tokens: int | Sequence[int] = 16,
@@ -208,47 +203,6 @@ class Model(BlockDiffusionModel):
         prompt, policy = len(request.prompt), request.policy
         return evaluate.decode_problem(self, prompt, block_size=size, max_new_tokens=tokens, policy=policy)
 
-    def encode(self, text: str) -> list[int]:
-        """The prompt's tokens, as training made them: with the beginning token where the tokenizer adds one."""
-        if self.tokenizer is None:
-            raise ValueError("the model has no tokenizer: load it from a directory that holds one")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"the prompt is not text: character {error.start} is no Unicode; give UTF-8") from error
-        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
-        return ids
-
-    def set_chat_template(self, file: Path) -> None:
-        """Chat by the template (Jinja) in this file. Raises ValueError where it cannot be read or is none."""
-        try:
-            text = file.read_text(encoding="utf-8")
-            Environment().parse(text)
-        except (OSError, UnicodeDecodeError, TemplateError) as error:
-            raise ValueError(f"--chat-template {file}: this is no chat template ({error})") from error
-        self._tokenizer.chat_template = text
-
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The tokens of a conversation up to where the assistant answers, as training made them.
-
-        messages: dicts of role and content. Raises ValueError where the tokenizer has no chat template, or its template
-        refuses the conversation.
-        """
-        if not self._tokenizer.chat_template:
-            raise ValueError(
-                "the model's tokenizer has no chat template, so it cannot chat: continue plain text instead, or give "
-                "it the template that it was trained with (--chat-template FILE)"
-            )
-        try:
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-            str(text).encode()
-        except TemplateError as error:
-            raise ValueError(f"the chat template refuses this conversation ({error})") from error
-        except UnicodeEncodeError as error:
-            raise ValueError("a message is not text: it holds characters that are no Unicode; give UTF-8") from error
-        ids: list[int] = self._tokenizer(str(text), add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
-
 
 def load(
     path: str | Path,
@@ -262,8 +216,19 @@ def load(
     return loading.load(path, dtype=dtype, device=where, implementation=implementation, model_class=Model)
 
 
+def load_writer(
+    path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> Model | DiffusionGemma:
+    """Load whatever writes texts: what `load` does, or DiffusionGemma, which transformers' own `generate` runs."""
+    with loading.reading(path):
+        family = foreign_family(path)
+    if family is None or not family.commands:
+        return load(path, dtype=dtype, device=device)
+    return DiffusionGemma.load(path, dtype=dtype, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def documents_of(
-    bridge: BlockDiffusionModel, texts: Sequence[str] | str | Path, bad_rows: BadRows = "error"
+    bridge: BlockDiffusionModel | DiffusionGemma, texts: Sequence[str] | str | Path, bad_rows: BadRows = "error"
 ) -> list[Document]:
     """Documents as training makes them, from a list of texts or from a data file."""
     encoder = encoder_of(bridge)
@@ -302,6 +267,8 @@ def bound(
 
 def train(config: RunConfig | str | Path | dict[str, Any], **options: Any) -> Path:
     """Train as a config (an object, a YAML file or a dict) says; returns the run directory."""
+    from blockdiff import training  # brings the Trainer's libraries, a second that nothing else needs
+
     if isinstance(config, dict):
         config = make_config(config)
     elif not isinstance(config, RunConfig):

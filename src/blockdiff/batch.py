@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,41 +22,17 @@ import torch
 from blockdiff.api import Model
 from blockdiff.data import is_message
 from blockdiff.datafiles import DataError, json_row, numbered_lines
+from blockdiff.diffusion_gemma import DiffusionGemma, OneByOne
 from blockdiff.engine import Engine, Output, Request, limits_in
 from blockdiff.engine.network import prepared
 from blockdiff.parts import Parts, Totals
 from blockdiff.runtime import free_memory, record
+from blockdiff.shards import WHOLE, Shard
 
 OnProgress = Callable[["Progress"], None]
+OnAnswer = Callable[[int, int], None]
+Line = tuple[int, str, bytes]  # row number, name for messages, and what the file holds there
 _SAMPLED = 64  # values of each weight that tell two models apart
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Share number `number` of `count`, from 0."""
-
-    number: int = 0
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.number < self.count:
-            raise ValueError(f"shard {self}: shards are numbered from 0, e.g. 0/4 to 3/4")
-
-    def __str__(self) -> str:
-        return f"{self.number}/{self.count}"
-
-    @classmethod
-    def parse(cls, text: str) -> Shard:
-        """'0/4': the first of four. Raises ValueError."""
-        number, _, count = text.partition("/")
-        if not (number.isdecimal() and count.isdecimal()):
-            raise ValueError(f"--shard {text}: give a number and a count, e.g. 0/4 to 3/4")
-        return cls(int(number), int(count))
-
-    @classmethod
-    def of_process(cls, environment: Mapping[str, str] = os.environ) -> Shard:
-        """What torchrun gave this process, RANK of WORLD_SIZE; without it, the whole."""
-        return cls(int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1")))
 
 
 @dataclass(frozen=True)
@@ -89,14 +66,14 @@ class Outcome:
 
 
 def answer_file(
-    model: Model,
+    model: Model | DiffusionGemma,
     input: Path,
     output: Path,
     *,
     regex: str | None = None,
     json_schema: str | None = None,
     strict_coverage: bool = False,
-    shard: Shard = Shard(),
+    shard: Shard = WHOLE,
     running: int = 64,
     on_progress: OnProgress | None = None,
     **options: Any,
@@ -108,34 +85,127 @@ def answer_file(
     answer. Raises ValueError for options that the model cannot serve, DataError for an input or an output that cannot
     be used.
     """
-    request = model.request(constraint=model.constraint(regex, json_schema), **options)
-    engine = Engine(model, limits_in(model, running, _free_memory(model)))
-    engine.check(request)
-    checksum, rows = _scan(input)
-    asked = {
-        "input": checksum,
-        "model": _fingerprint(model),
-        **_described(request),
-        "regex": regex,
-        "json_schema": json_schema,
-        "strict_coverage": strict_coverage,
-    }
-    parts = Parts.open(output, rows, asked, record("generate", request.seed, file=str(input)))
-    work = _Work(_Reader(model, request, strict_coverage), engine, parts, running, on_progress)
-    return work.run(input, shard)
+    answerer = Answerer(
+        model, running, regex=regex, json_schema=json_schema, strict_coverage=strict_coverage, **options
+    )
+    parts = answerer.open(input, output)
+    held = Held.of(parts, shard)
+    began = time.perf_counter()
+
+    def tell(answered: int, tokens: int) -> None:
+        if on_progress is not None:
+            on_progress(Progress(held.rows, held.before.rows + answered, tokens, time.perf_counter() - began))
+
+    found = answerer.answer(parts, lines_of(input, parts, held.missing), tell)
+    return held.outcome(input, parts, found, time.perf_counter() - began)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Totals of parts that were written, the rows that training does not cover, and what it does not of the first."""
+
+    totals: Totals
+    uncovered: int
+    problem: str | None
+
+    def __add__(self, other: Answered) -> Answered:
+        return Answered(self.totals + other.totals, self.uncovered + other.uncovered, self.problem or other.problem)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A share before it is worked on: its rows, the totals of those that are answered, and the parts to do."""
+
+    rows: int
+    before: Totals
+    missing: frozenset[int]
+
+    @classmethod
+    def of(cls, parts: Parts, shard: Shard) -> Held:
+        mine = range(shard.number, len(parts), shard.count)
+        found = {part: held[1] for part in mine if (held := parts.read(part)) is not None}
+        rows = sum(len(parts.numbers(part)) for part in mine)
+        return cls(rows, sum(found.values(), Totals()), frozenset(mine) - frozenset(found))
+
+    def outcome(self, input: Path, parts: Parts, found: Answered, seconds: float) -> Outcome:
+        """Merges the parts where all are there. Raises DataError where rows stayed without an answer."""
+        share = self.before + found.totals
+        if share.rows < self.rows:
+            raise DataError(f"{input}: has fewer rows than when this began; leave it as it is, and run again")
+        return Outcome(
+            parts.rows,
+            self.before.rows,
+            found.totals,
+            share,
+            parts.merge(),
+            seconds,
+            found.uncovered,
+            found.problem,
+        )
+
+
+class Answerer:
+    """A model with an engine that answers rows into parts, as the options of `answer_file` say."""
+
+    def __init__(
+        self,
+        model: Model | DiffusionGemma,
+        running: int = 64,
+        *,
+        regex: str | None = None,
+        json_schema: str | None = None,
+        strict_coverage: bool = False,
+        **options: Any,
+    ) -> None:
+        self.request = model.request(constraint=model.constraint(regex, json_schema), **options)
+        self.engine = _engine(model, running, strict_coverage)
+        self.engine.check(self.request)
+        self.reader = _Reader(model, self.request, strict_coverage)
+        self.running = running
+        self.asked = {
+            "model": _fingerprint(model),
+            **_described(self.request),
+            "regex": regex,
+            "json_schema": json_schema,
+            "strict_coverage": strict_coverage,
+        }
+
+    def open(self, input: Path, output: Path) -> Parts:
+        """The parts of a run that begins or goes on. Raises DataError."""
+        checksum, rows = _scan(input)
+        asked = {"input": checksum, **self.asked}
+        return Parts.open(output, rows, asked, record("generate", self.request.seed, file=str(input)))
+
+    def answer(
+        self, parts: Parts, lines: Iterable[Line], on_answer: OnAnswer = lambda answered, tokens: None
+    ) -> Answered:
+        """Answer rows and write every part that is whole; on_answer is told the rows and the written tokens so far."""
+        work = _Work(self.reader, self.engine, parts, self.running, on_answer)
+        with nullcontext() if isinstance(self.engine, OneByOne) else prepared(self.engine.model):
+            work.serve(iter(lines))
+        return Answered(work.written, work.uncovered, work.problem)
+
+
+def lines_of(input: Path, parts: Parts, missing: Collection[int]) -> Iterator[Line]:
+    """Every row that a missing part holds, in order."""
+    last = max(missing, default=-1)
+    for number, (at, line) in enumerate(numbered_lines(input)):
+        part = number // parts.size
+        if part > last:
+            return
+        if part in missing and number < parts.rows:
+            yield number, f"{input.name}:{at}", line
 
 
 class _Reader:
-    """Makes requests of rows, and counts those that training does not cover; problem: what it does not of the first."""
+    """Makes requests of rows."""
 
-    def __init__(self, model: Model, request: Request, strict: bool) -> None:
+    def __init__(self, model: Model | DiffusionGemma, request: Request, strict: bool) -> None:
         self.model, self.request, self.strict = model, request, strict
-        self.uncovered = 0
-        self.problem: str | None = None
         self._known: dict[tuple[int, int], str | None] = {}
 
-    def read(self, number: int, row: dict[str, Any]) -> Request:
-        """Raises ValueError for a row that is none."""
+    def read(self, number: int, row: dict[str, Any]) -> tuple[Request, str | None]:
+        """A row's request, and what training does not cover of it. Raises ValueError for a row that is none."""
         most, seed = row.get("max_new_tokens"), row.get("seed")
         stop = row.get("stop", list(self.request.stop))
         stop = [stop] if isinstance(stop, str) else stop
@@ -151,8 +221,7 @@ class _Reader:
             seed=self.request.seed + number if seed is None else seed,
             stop=tuple(stop),
         )
-        self._check_coverage(request)
-        return request
+        return request, self._uncovered(request)
 
     def _ids(self, row: dict[str, Any]) -> list[int]:
         prompt, messages = row.get("prompt"), row.get("messages")
@@ -162,71 +231,32 @@ class _Reader:
             return self.model.encode_chat(messages)
         raise ValueError("a row needs the text 'prompt', or 'messages' with role and content, and not both")
 
-    def _check_coverage(self, request: Request) -> None:
+    def _uncovered(self, request: Request) -> str | None:
         lengths = len(request.prompt), request.max_new_tokens
         if len(request.prompt) >= self.model.context_length:  # refused for that
-            return
+            return None
         if lengths not in self._known:
             self._known[lengths] = self.model.uncovered(request)
         problem = self._known[lengths]
         if problem is not None and self.strict:
             raise ValueError(problem)
-        self.uncovered += problem is not None
-        self.problem = self.problem or problem
+        return problem
 
 
 class _Work:
-    """A shard's rows on their way through the engine."""
+    """Rows on their way through the engine."""
 
     def __init__(
-        self, reader: _Reader, engine: Engine, parts: Parts, running: int, on_progress: OnProgress | None
+        self, reader: _Reader, engine: Engine | OneByOne, parts: Parts, running: int, on_answer: OnAnswer
     ) -> None:
-        self.reader, self.engine, self.parts, self.most, self.on_progress = reader, engine, parts, running, on_progress
+        self.reader, self.engine, self.parts, self.most, self.on_answer = reader, engine, parts, running, on_answer
         self.running: dict[int, tuple[int, dict[str, Any]]] = {}  # by number of the job: the answer's row and beginning
         self.open: dict[int, dict[int, dict[str, Any]]] = {}  # by part: its answers so far
-        self.own = Totals()
-        self.began = time.perf_counter()
-        self.rows = self.found = self.answered = 0
+        self.written = Totals()
+        self.answered = self.uncovered = 0
+        self.problem: str | None = None
 
-    def run(self, input: Path, shard: Shard) -> Outcome:
-        mine = range(shard.number, len(self.parts), shard.count)
-        missing, before = set(), Totals()
-        for part in mine:
-            self.rows += len(self.parts.numbers(part))
-            if (held := self.parts.read(part)) is None:
-                missing.add(part)
-            else:
-                before += held[1]
-        self.found = self.answered = before.rows
-        with prepared(self.engine.model):
-            self._serve(self._lines(input, missing))
-        if self.answered < self.rows:
-            raise DataError(f"{input}: has fewer rows than when this began; leave it as it is, and run again")
-        seconds = time.perf_counter() - self.began
-        return Outcome(
-            self.parts.rows,
-            self.found,
-            self.own,
-            before + self.own,
-            self.parts.merge(),
-            seconds,
-            self.reader.uncovered,
-            self.reader.problem,
-        )
-
-    def _lines(self, input: Path, missing: set[int]) -> Iterator[tuple[int, str, bytes]]:
-        """(row number, name, line) of every row that a missing part holds, in order."""
-        if not missing:
-            return
-        last = max(missing)
-        for number, (at, line) in enumerate(numbered_lines(input)):
-            part = number // self.parts.size
-            if part > last:
-                return
-            if part in missing and number < self.parts.rows:
-                yield number, f"{input.name}:{at}", line
-
-    def _serve(self, lines: Iterator[tuple[int, str, bytes]]) -> None:
+    def serve(self, lines: Iterator[Line]) -> None:
         while True:
             while len(self.running) < self.most and (item := next(lines, None)) is not None:
                 self._enter(*item)
@@ -241,15 +271,18 @@ class _Work:
         head: dict[str, Any] = {"row": number}
         try:
             row = json_row(name, line)
-            if isinstance(row.get("id"), str | int):
+            if "id" in row:
                 head["id"] = row["id"]
-            job = self.engine.add(self.reader.read(number, row))
+            request, problem = self.reader.read(number, row)
+            job = self.engine.add(request)
         except DataError as error:
             self._answer(number, {**head, "error": str(error)})
         except ValueError as error:
             self._answer(number, {**head, "error": f"{name}: {error}"})
         else:
             self.running[job.number] = (number, head)
+            self.uncovered += problem is not None
+            self.problem = self.problem or problem
 
     def _answer(self, number: int, answer: dict[str, Any]) -> None:
         part = number // self.parts.size
@@ -257,11 +290,9 @@ class _Work:
         answers[number] = answer
         self.answered += 1
         if len(answers) == len(self.parts.numbers(part)):
-            self.own += self.parts.write(part, [answers[row] for row in sorted(answers)])
+            self.written += self.parts.write(part, [answers[row] for row in sorted(answers)])
             del self.open[part]
-        if self.on_progress is not None:
-            seconds = time.perf_counter() - self.began
-            self.on_progress(Progress(self.rows, self.answered, self.own.tokens, seconds))
+        self.on_answer(self.answered, self.written.tokens)
 
 
 def _answer(request: Request, output: Output) -> dict[str, Any]:
@@ -296,11 +327,20 @@ def _described(request: Request) -> dict[str, Any]:
     return {"policy": str(request.policy), **vars(request.sampling), **own}
 
 
-def _fingerprint(model: Model) -> str:
+def _engine(model: Model | DiffusionGemma, running: int, strict_coverage: bool) -> Engine | OneByOne:
+    if isinstance(model, Model):
+        return Engine(model, limits_in(model, running, _free_memory(model)))
+    model.request(strict_coverage=strict_coverage)  # which refuses it
+    return OneByOne(model)
+
+
+def _fingerprint(model: Model | DiffusionGemma) -> str:
     """Tells a model from another: its conventions, its template, and a sample of every weight."""
     assert model.tokenizer is not None
-    checksum = hashlib.sha256(f"{model.spec} {model.tokenizer.chat_template} {model.vocabulary}".encode())
-    for name, weight in model.named_parameters():
+    network = model if isinstance(model, Model) else model.network
+    conventions = model.spec if isinstance(model, Model) else model.network.config.to_json_string()
+    checksum = hashlib.sha256(f"{conventions} {model.tokenizer.chat_template} {model.vocabulary}".encode())
+    for name, weight in network.named_parameters():
         flat = weight.detach().flatten()
         at = torch.linspace(0, max(len(flat) - 1, 0), min(_SAMPLED, len(flat)), dtype=torch.float64).long()
         checksum.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())

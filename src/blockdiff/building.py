@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blockdiff import data, loading
@@ -15,16 +16,21 @@ from blockdiff.config import ConfigError, ModelConfig, RunConfig
 from blockdiff.coverage import SpanShare, histogram
 from blockdiff.data import Corpus, Encoder, PackedRows
 from blockdiff.datafiles import read_rows, texts_of
+from blockdiff.diffusion_gemma import DiffusionGemma
 from blockdiff.model import BlockDiffusionModel, Spec
 from blockdiff.passes import Objective
 from blockdiff.tokenizer import train_tokenizer
 
 
-def build_model(config: RunConfig) -> BlockDiffusionModel:
-    """The model that the config starts from, with its tokenizer, ready to be trained as the config says."""
+def build_model(config: RunConfig, device: str | None = None) -> BlockDiffusionModel:
+    """The model that the config starts from, with its tokenizer, ready to be trained as the config says.
+
+    device: where its weights are put; None: where training wants them first.
+    """
     if config.model.attention == "flex" and not torch.cuda.is_available():
         raise ConfigError("model.attention: flex trains on CUDA alone (torch has no CPU backward for it); use sdpa")
-    bridge = _from_checkpoint(config) if config.model.init is not None else _from_scratch(config)
+    make = _from_checkpoint if config.model.init is not None else _from_scratch
+    bridge = make(config, device or _device(config))
     if bridge.tokenizer is None:
         raise ConfigError(f"model.init: {config.model.init} holds no tokenizer; name one with model.tokenizer")
     if config.data.end_token is not None:
@@ -38,8 +44,7 @@ def build_model(config: RunConfig) -> BlockDiffusionModel:
     if adapter is not None and bridge.adapter is None:
         bridge.attach_adapter(adapter)
     if config.train.gradient_checkpointing:
-        newer = getattr(bridge.backbone, "activation_checkpointing_enable", None)  # its name in newer transformers
-        (newer or bridge.backbone.gradient_checkpointing_enable)({"use_reentrant": False})
+        allow_checkpointing(bridge.backbone)
     causal = config.model.clean_context == "context_causal"
     bridge.spec = replace(
         bridge.spec,
@@ -56,7 +61,13 @@ def build_model(config: RunConfig) -> BlockDiffusionModel:
     return bridge
 
 
-def encoder_of(bridge: BlockDiffusionModel) -> Encoder:
+def allow_checkpointing(backbone: PreTrainedModel) -> None:
+    """Have a network's layers recompute their activations in the backward."""
+    newer = getattr(backbone, "activation_checkpointing_enable", None)  # its name in newer transformers
+    (newer or backbone.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def encoder_of(bridge: BlockDiffusionModel | DiffusionGemma) -> Encoder:
     """How this model's documents are made: its tokenizer, and the token that ends them.
 
     Raises ConfigError where there is no tokenizer or no end token is known.
@@ -141,13 +152,13 @@ def _adapter_of(bridge: BlockDiffusionModel, config: RunConfig) -> Adapter | Non
     return own
 
 
-def _from_checkpoint(config: RunConfig) -> BlockDiffusionModel:
+def _from_checkpoint(config: RunConfig, device: str) -> BlockDiffusionModel:
     settings = config.model
     assert settings.init is not None
     bridge: BlockDiffusionModel = loading.load(
         settings.init,
         dtype=getattr(torch, settings.dtype),
-        device=_device(),
+        device=device,
         add_mask=config.layout.kind != "ar",
         implementation=settings.attention,
     )
@@ -157,7 +168,7 @@ def _from_checkpoint(config: RunConfig) -> BlockDiffusionModel:
     return bridge
 
 
-def _from_scratch(config: RunConfig) -> BlockDiffusionModel:
+def _from_scratch(config: RunConfig, device: str) -> BlockDiffusionModel:
     settings = config.model
     assert settings.architecture is not None
     tokenizer = loading.load_tokenizer(settings.tokenizer) if settings.tokenizer else _new_tokenizer(config)
@@ -172,15 +183,16 @@ def _from_scratch(config: RunConfig) -> BlockDiffusionModel:
         pad_token_id=None,
     )
     return loading.attach(
-        backbone.to(device=_device(), dtype=getattr(torch, settings.dtype)),
+        backbone.to(device=device, dtype=getattr(torch, settings.dtype)),
         tokenizer,
         add_mask=config.layout.kind != "ar",
         implementation=settings.attention,
     )
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _device(config: RunConfig) -> str:
+    """Where the weights are first put: sharding takes them from the CPU, so that no GPU need hold them all."""
+    return "cuda" if torch.cuda.is_available() and config.train.parallel != "fsdp" else "cpu"
 
 
 def _agree(spec: Spec, settings: ModelConfig) -> None:

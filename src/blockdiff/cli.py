@@ -18,6 +18,7 @@ from blockdiff import (
     cli_evaluate,
     cli_experiment,
     cli_generate,
+    cli_recipes,
     cli_serve,
     cli_tasks,
 )
@@ -59,9 +60,14 @@ def train(
     from blockdiff import report, training
     from blockdiff.config import load_config
     from blockdiff.progress import Progress
+    from blockdiff.shards import Shard
 
     resolved = load_config(config, changes, model__init=init, seed=seed)
+    first = Shard.of_process().number == 0  # of several processes, the one that reports
+    out.quiet = not first
     run = training.train(resolved, resume=resume, overwrite=overwrite, say=out.print, callbacks=[Progress(out)])
+    if not first:
+        return
     page = report.write(run.path)
     bounds = json.loads(run.result("bound").read_text()) if run.result("bound").exists() else None
     if bounds:
@@ -74,13 +80,26 @@ def train(
 def explain(
     config: Annotated[Path, typer.Argument(help="YAML configuration.")],
     changes: Changes = None,
+    processes: Annotated[int, typer.Option(help="Processes that the training would run on.", min=1)] = 1,
+    tflops: Annotated[
+        float | None,
+        typer.Option(help="TFLOP/s that each reaches; without it matrix products are timed here.", min=1e-6),
+    ] = None,
+    price: Annotated[float | None, typer.Option(help="Price of an hour of one process.", min=0)] = None,
     seed: Seed = 0,
 ) -> None:
-    """Show what a configuration trains: every key resolved, its block sizes, and a drawing of the mask."""
+    """Show what a configuration trains and what that takes: keys, block sizes, mask, memory, arithmetic, time."""
     from blockdiff.config import load_config
+    from blockdiff.estimate import describe, estimate
     from blockdiff.explain import explanation
 
-    out.print(explanation(load_config(config, changes), seed))
+    resolved = load_config(config, changes)
+    out.print(explanation(resolved, seed), highlight=False)
+    try:
+        needs = describe(estimate(resolved, processes), tflops, price)
+    except FileNotFoundError as error:  # what is trained can be said all the same
+        needs = f"  not known: {error}"
+    out.print(f"\nwhat it takes:\n\n{needs}", highlight=False)
 
 
 @app.command("report")
@@ -110,6 +129,7 @@ app.command()(cli_serve.serve)
 app.command()(cli_chat.chat)
 app.command()(cli_checkpoints.inspect)
 app.command()(cli_checkpoints.export)
+app.command()(cli_recipes.recipes)
 cli_evaluate.evaluations.command("tasks")(cli_tasks.eval_tasks)
 cli_evaluate.evaluations.command("variance")(cli_experiment.eval_variance)
 

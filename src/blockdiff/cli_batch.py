@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -10,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from blockdiff.cli_options import err, load_model, out, write_result
+from blockdiff.cli_options import err, load_writer, out, write_result
 
 if TYPE_CHECKING:
-    from blockdiff.batch import Outcome, Progress, Shard
+    from blockdiff.batch import Outcome, Progress
+    from blockdiff.rays import Cluster
+    from blockdiff.shards import Shard
 
 _SECONDS = 10.0  # between two lines of progress
 
@@ -25,22 +26,27 @@ def answer_rows(
     options: dict[str, Any],
     *,
     shard: str | None,
+    cluster: Cluster | None,
     chat_template: Path | None,
     json_file: Path | None,
 ) -> None:
-    """Answer a file of rows; exit code 1 where some have errors.
+    """Answer a file of rows, over Ray where a cluster is given; exit code 1 where some have errors.
 
     torchrun ends the other processes when one fails, so there only who finds the work whole says so.
     """
-    from blockdiff.batch import Shard, answer_file
     from blockdiff.runtime import record
+    from blockdiff.shards import Shard
 
     share = Shard.of_process() if shard is None else Shard.parse(shard)
-    _use_own_device()
-    model = load_model(path)
-    if chat_template is not None:
-        model.set_chat_template(chat_template)
-    found = answer_file(model, rows, output, shard=share, on_progress=_Lines(share), **options)
+    if cluster is None:
+        found = _answered_here(path, rows, output, options, share, chat_template)
+    elif share.count > 1:
+        raise ValueError("--ray shares the rows itself: start it without torchrun and --shard")
+    else:
+        from blockdiff.rays import answer_on_ray
+
+        options = {**options, "chat_template": chat_template, "on_progress": _Lines(share)}
+        found = answer_on_ray(cluster, path, rows, output, **options)
     _say(found, share, output)
     if found.whole is None and shard is None:  # another process has the last word
         return
@@ -52,12 +58,15 @@ def answer_rows(
         raise typer.Exit(1)
 
 
-def _use_own_device() -> None:
-    """The GPU of this process, where it has one beside others."""
-    import torch
+def _answered_here(
+    path: str, rows: Path, output: Path, options: dict[str, Any], share: Shard, chat_template: Path | None
+) -> Outcome:
+    from blockdiff.batch import answer_file
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    model = load_writer(path)
+    if chat_template is not None:
+        model.set_chat_template(chat_template)
+    return answer_file(model, rows, output, shard=share, on_progress=_Lines(share), **options)
 
 
 def _say(found: Outcome, shard: Shard, output: Path) -> None:

@@ -20,6 +20,9 @@ from blockdiff.cli_options import (
     Threshold,
     chosen_policy,
     load_model,
+    load_writer,
+    measuring_together,
+    one_process_only,
     out,
     progress,
     whole_numbers,
@@ -60,9 +63,11 @@ def eval_bound(
     if against is not None and shifts != [0]:
         raise ValueError("--against compares at offset 0: leave --offsets out")
     how: dict[str, Any] = {"draws": draws, "exact": exact, "orders": orders, "left_bias": left_bias, "seed": seed}
+    split = measuring_together()
     model = load_model(path)
     other = None if against is None else load_model(against)
     documents = [document for file in data for document in documents_of(model, file, bad_rows)][:limit]
+    how |= {"split": split}
     with progress("scoring") as on_progress:
         rows = evaluate.bound(model, documents, sizes, offsets=shifts, on_progress=on_progress, **how)
     results = [row.to_json() for row in rows]
@@ -78,7 +83,7 @@ def eval_bound(
         out.print(report.comparison_table(compared))
     files = [str(file) for file in data]
     result = record("eval bound", seed, model=path, data=files, rows=results, against=against, compared=compared)
-    write_result(json_file, result)
+    write_result(json_file, {**result, "processes": split.shard.count})
 
 
 @evaluations.command("length")
@@ -93,6 +98,7 @@ def eval_length(
     from blockdiff.api import documents_of, load
     from blockdiff.runtime import record
 
+    one_process_only("eval length")
     plan = evaluate.read_plan(evaluate.LengthPlan, plan_file, changes)
     _png(plot)
     files = [plan.data] if isinstance(plan.data, str) else plan.data
@@ -133,24 +139,24 @@ def eval_generation(
     json_file: JsonFile = None,
 ) -> None:
     """Texts at forward budgets and temperatures: a judge's NLL beside their entropy, and the data's own point."""
-    from blockdiff import curves, evaluate, report
-    from blockdiff.api import documents_of, load
+    from blockdiff import api, curves, evaluate, report
     from blockdiff.runtime import record
 
+    one_process_only("eval generation")
     plan = evaluate.read_plan(evaluate.FrontierPlan, plan_file, changes)
     _png(plot)
     files = [plan.data] if isinstance(plan.data, str) else plan.data
     judge = load_model(plan.judge)
     evaluate.tokenizer_of(judge)
     for label, way in plan.ways.items():  # before the first is measured
-        evaluate.check_frontier(plan, label, load(way.model))
+        evaluate.check_frontier(plan, label, api.load_writer(way.model))
     result: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
     point = None
     for number, (label, way) in enumerate(plan.ways.items(), 1):
-        model = load_model(way.model)
-        documents = [document for file in files for document in documents_of(model, file)]
+        model = load_writer(way.model)
+        documents = [document for file in files for document in api.documents_of(model, file)]
         point = point or evaluate.data_point(plan, model.tokenizer, documents, judge)
         with progress(f"{label} ({number} of {len(plan.ways)})") as on_progress:
             found, not_possible = evaluate.measure_frontier(plan, label, model, documents, judge, point, on_progress)

@@ -19,9 +19,12 @@ from blockdiff.cli_options import (
     PerStep,
     Seed,
     Threshold,
+    asked_policy,
     chosen_policy,
+    chosen_sampling,
     err,
     load_model,
+    load_writer,
     out,
     write_result,
 )
@@ -29,8 +32,10 @@ from blockdiff.cli_options import (
 if TYPE_CHECKING:
     from blockdiff.api import Model
     from blockdiff.decode import Policy
+    from blockdiff.diffusion_gemma import DiffusionGemma
     from blockdiff.engine import Output
     from blockdiff.engine.request import Step
+    from blockdiff.rays import Cluster
 
     OnStep = Callable[[Step], None]
 
@@ -39,6 +44,9 @@ ChosenPolicy = Annotated[
     typer.Option("--policy", help="A name of `blockdiff policies`, or parts: 'entropy + entropy_budget(0.1)'."),
 ]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+MaybeTemperature = Annotated[
+    float | None, typer.Option(help="0 is greedy, and the default but for DiffusionGemma, which has its own.")
+]
 TopK = Annotated[int, typer.Option(help="Draw from the k most likely tokens; 0: all.", max=2**31)]
 TopP = Annotated[float, typer.Option(help="Draw from the smallest set with this probability; 1: all.")]
 Steps = Annotated[bool, typer.Option("--show-steps", help="Show each block as it fills.")]
@@ -58,6 +66,13 @@ def generate(
     shard: Annotated[
         str | None, typer.Option(help="Share of --input, e.g. 0/4 to 3/4; default: the process's own under torchrun.")
     ] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Answer --input over Ray: address of a cluster (auto), or local for one here.")
+    ] = None,
+    actors: Annotated[int | None, typer.Option(help="Models at work on Ray; default: one for each GPU.", min=1)] = None,
+    gpus_per_actor: Annotated[
+        float | None, typer.Option(help="GPUs of each; default: 1 where the cluster has any.", min=0)
+    ] = None,
     batch: Annotated[int, typer.Option(help="Texts of --input written at once.", min=1)] = 64,
     chat_template: Annotated[Path | None, typer.Option(help="File of a chat template (Jinja).")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
@@ -66,7 +81,7 @@ def generate(
     threshold: Threshold = None,
     per_step: PerStep = None,
     left_bias: LeftBias = None,
-    temperature: Temperature = 0.0,
+    temperature: MaybeTemperature = None,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End the text before this string; repeatable.")] = None,
@@ -88,17 +103,16 @@ def generate(
     json_file: JsonFile = None,
 ) -> None:
     """Continue a prompt, several tokens at a time; or answer the rows of a file into a directory (--input)."""
-    from blockdiff.decode import Sampling, named
+    from blockdiff.api import Model
     from blockdiff.runtime import record
     from blockdiff.trace import Recorder
 
-    asked = [value is not None for value in (policy, threshold, per_step, left_bias)]
-    chosen = chosen_policy(policy or "threshold", threshold, per_step, left_bias) if any(asked) else None
+    chosen = asked_policy(policy, threshold, per_step, left_bias)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "block_size": block_size,
         "policy": chosen,
-        "sampling": Sampling(temperature, top_k, top_p),
+        **chosen_sampling(temperature, top_k, top_p),
         "seed": seed,
         "stop": tuple(stop or ()),
         "lossless": lossless,
@@ -113,15 +127,27 @@ def generate(
         if output is None:
             raise ValueError("--input needs --output, the directory of the answers")
         options |= {"strict_coverage": strict_coverage, "running": batch}
-        answer_rows(path, rows, output, options, shard=shard, chat_template=chat_template, json_file=json_file)
+        answer_rows(
+            path,
+            rows,
+            output,
+            options,
+            shard=shard,
+            cluster=_cluster(ray, actors, gpus_per_actor),
+            chat_template=chat_template,
+            json_file=json_file,
+        )
         return
     if not prompt:
         raise ValueError("give a text to continue (--prompt), or a file of rows (--input)")
-    if output is not None or shard is not None or chat_template is not None:
-        raise ValueError("--output, --shard and --chat-template go with --input")
-    model = load_model(path)
-    covered_size = 1 if lossless else block_size  # a draft that training does not cover costs speed, not text
-    _check_coverage(model, prompt, max_new_tokens, covered_size, chosen, strict_coverage)
+    if any(given is not None for given in (output, shard, chat_template, ray, actors, gpus_per_actor)):
+        raise ValueError("--output, --shard, --chat-template, --ray, --actors and --gpus-per-actor go with --input")
+    model = load_writer(path)
+    if isinstance(model, Model):
+        covered_size = 1 if lossless else block_size  # a draft that training does not cover costs speed, not text
+        _check_coverage(model, prompt, max_new_tokens, covered_size, chosen, strict_coverage)
+    else:
+        model.request(strict_coverage=strict_coverage)  # which refuses it
     single = len(prompt) == 1
     show = StepPrinter(model) if show_steps else None
     stream = _Stream(prompt[0]) if single and not show_steps else None
@@ -137,10 +163,7 @@ def generate(
     contents: dict[str, Any] = results[0] if single else {"outputs": results}
     write_result(json_file, record("generate", seed, prompts=prompt, **contents))
     if recorder is not None:
-        size = model.spec.default_block_size if block_size is None else block_size
-        way = "the fastest drafts" if lossless and chosen is None else str(chosen or named("threshold"))
-        name = ("one token at a time" if size == 1 else f"blocks of {size}") + ", lossless" * lossless
-        settings = {"name": name, "block_size": size, "policy": way, "temperature": temperature}
+        settings = _settings(model, options)
         traces = [
             {**settings, "seed": seed + number, **recorder.trace(model, number, text, answer)}
             for number, (text, answer) in enumerate(zip(prompt, outputs, strict=True))
@@ -198,6 +221,35 @@ def policies(
         sys.stdout.write(described.page())
     else:
         out.print(described.parts_table() if parts else described.policies_table())
+
+
+def _settings(model: Model | DiffusionGemma, options: dict[str, Any]) -> dict[str, Any]:
+    """How texts were decoded, as a page of traces says it."""
+    from blockdiff.api import Model
+    from blockdiff.decode import named
+
+    size, policy, lossless = options["block_size"], options["policy"], options["lossless"]
+    if isinstance(model, Model):
+        sampling = options.get("sampling")
+        temperature: float | str = 0.0 if sampling is None else sampling.temperature
+        size = model.spec.default_block_size if size is None else size
+        way = "the fastest drafts" if lossless and policy is None else str(policy or named("threshold"))
+    else:
+        asked = model.request(**options)
+        size, way = asked.block_size, str(asked.policy)
+        temperature = " to ".join(f"{value:g}" for value in dict.fromkeys(asked.temperatures))
+    name = ("one token at a time" if size == 1 else f"blocks of {size}") + ", lossless" * lossless
+    return {"name": name, "block_size": size, "policy": way, "temperature": temperature}
+
+
+def _cluster(address: str | None, actors: int | None, gpus: float | None) -> Cluster | None:
+    if address is None:
+        if actors is not None or gpus is not None:
+            raise ValueError("--actors and --gpus-per-actor go with --ray")
+        return None
+    from blockdiff.rays import Cluster
+
+    return Cluster(address, actors, gpus)
 
 
 def _schema(text: str | None) -> str | None:
@@ -275,7 +327,7 @@ def _warn(problem: str) -> None:
 class StepPrinter:
     """Shows the open blocks: decided tokens as text, masks as shaded cells."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model | DiffusionGemma) -> None:
         self.model = model
 
     def __call__(self, step: Any) -> None:

@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from blockdiff.cli_generate import ChosenPolicy, MaybeTemperature
 from blockdiff.cli_options import (
     BlockSize,
     JsonFile,
     Lossless,
     ModelPath,
     PerStep,
-    PolicyName,
     Seed,
     Threshold,
-    chosen_policy,
-    load_model,
+    asked_policy,
+    chosen_sampling,
+    load_writer,
+    measuring_together,
+    one_process_only,
     out,
     progress,
     whole_numbers,
@@ -28,6 +31,7 @@ from blockdiff.cli_options import (
 
 if TYPE_CHECKING:
     from blockdiff.api import Model
+    from blockdiff.diffusion_gemma import DiffusionGemma
     from blockdiff.engine import Request
     from blockdiff.evaluate import Answer, AnswerRow, Asking, Task
     from blockdiff.harness import BlockDiffusionLM
@@ -43,10 +47,10 @@ def eval_tasks(
     ] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder of the YAML files that --harness names.")] = None,
     block_size: BlockSize = None,
-    policy: PolicyName = "threshold",
+    policy: ChosenPolicy = None,
     threshold: Threshold = None,
     per_step: PerStep = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    temperature: MaybeTemperature = None,
     samples: Annotated[int, typer.Option(help="Texts drawn for a question; with --temperature.", min=1)] = 1,
     at: Annotated[str, typer.Option(help="Comma-separated k of pass@k, up to --samples.")] = "1",
     run_code: Annotated[
@@ -68,8 +72,8 @@ def eval_tasks(
 
     Files: rows with `#### number` answers, GSM8K's, HumanEval's; or any task of lm-eval (--harness).
     """
-    from blockdiff.decode import Sampling
-    from blockdiff.engine import Request
+    from blockdiff.api import Model
+    from blockdiff.diffusion_gemma import CanvasRequest
     from blockdiff.evaluate import Asking, check_asking, read_task
     from blockdiff.runtime import record
 
@@ -83,25 +87,24 @@ def eval_tasks(
     asking = Asking(samples, tuple(whole_numbers(at, "--at")), batch, run_code)
     form_of_prompt = None if template is None else template.replace("\\n", "\n")  # a shell has no escapes
     tasks = [read_task(file, kind, form_of_prompt, limit) for file in data or ()]
-    for task in tasks:
-        check_asking(task, asking, temperature)
-    chosen = chosen_policy(policy, threshold, per_step)
-    model = load_model(path)
-    form = Request(
-        prompt=(0,),
-        max_new_tokens=max_new_tokens,
-        block_size=model.spec.default_block_size if block_size is None else block_size,
-        policy=chosen,
-        sampling=Sampling(temperature),
-        seed=seed,
-        lossless=lossless,
-    )
-    settings: dict[str, Any] = {"model": path, "policy": asdict(chosen), "sampling": asdict(form.sampling)}
+    for task in tasks:  # what can be told before the model is read; its own temperature cannot
+        check_asking(task, asking, 1.0 if temperature is None else temperature)
+    options: dict[str, Any] = {"policy": asked_policy(policy, threshold, per_step), **chosen_sampling(temperature)}
+    options |= {"max_new_tokens": max_new_tokens, "block_size": block_size, "seed": seed, "lossless": lossless}
+    if harness is not None:
+        one_process_only("--harness")
+    model = load_writer(path)
+    form = _form(model, options)
+    settings: dict[str, Any] = {"model": path, "policy": asdict(form.policy), "sampling": asdict(form.sampling)}
     settings["max_new_tokens"] = max_new_tokens
+    if isinstance(form, CanvasRequest):
+        settings["temperatures"] = form.temperatures
     if harness is not None:
         from blockdiff.evaluate.bounds import estimator_of
         from blockdiff.harness import BlockDiffusionLM
 
+        if not isinstance(model, Model):
+            raise ValueError("--harness asks for likelihoods, and DiffusionGemma has none here; give --data FILE")
         lm = BlockDiffusionLM(model, form, estimator_of(draws, exact, 0, 0.0, seed), batch)
         contents = _harness(lm, harness.split(","), include_path, limit)
     else:
@@ -109,17 +112,31 @@ def eval_tasks(
     write_result(json_file, record("eval tasks", seed, **settings, **contents))
 
 
-def _files(model: Model, form: Request, asking: Asking, tasks: list[Task]) -> dict[str, Any]:
+def _form(model: Model | DiffusionGemma, options: dict[str, Any]) -> Request:
+    """How every question is asked; its prompt is not used."""
+    from blockdiff.api import Model
+    from blockdiff.decode import named
+    from blockdiff.engine import Request
+
+    if not isinstance(model, Model):
+        return model.request(**options)
+    size, policy = options["block_size"], options["policy"]
+    size = model.spec.default_block_size if size is None else size
+    return Request(prompt=(0,), **{**options, "block_size": size, "policy": policy or named("threshold")})
+
+
+def _files(model: Model | DiffusionGemma, form: Request, asking: Asking, tasks: list[Task]) -> dict[str, Any]:
     from blockdiff.evaluate import answer_task
 
     rows, outputs = [], []
+    split = measuring_together()
     for task in tasks:
         with progress(task.name) as on_progress:
-            row, answers = answer_task(model, task, form, asking, on_progress)
+            row, answers = answer_task(model, task, form, asking, on_progress, split)
         out.print(_sentence(row, task.name if len(tasks) > 1 else ""), highlight=False, soft_wrap=True)
         rows.append(row.to_json())
         outputs += [_answer(task, answer) for answer in answers]
-    return {"rows": rows, "outputs": outputs}
+    return {"rows": rows, "outputs": outputs, "processes": split.shard.count}
 
 
 def _harness(lm: BlockDiffusionLM, tasks: list[str], include_path: Path | None, limit: int | None) -> dict[str, Any]:

@@ -114,6 +114,14 @@ class TrainConfig(_Group):
     minutes: float | None = Field(None, gt=0, description="or: minutes (steps follow from the measured speed)")
     rows: int = Field(8, ge=1, description="rows in a pass")
     accumulation: int = Field(1, ge=1, description="passes in an optimizer step")
+    global_rows: int | None = Field(
+        None,
+        ge=1,
+        description="or: rows in an optimizer step over all passes and processes; rows is then the most in a pass",
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="several processes: ddp keeps the model on each; fsdp shards it, its gradients and optimizer"
+    )
     learning_rate: float = Field(3e-4, gt=0, allow_inf_nan=False)
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -130,6 +138,10 @@ class TrainConfig(_Group):
     def _one_budget(self) -> TrainConfig:
         if sum(budget is not None for budget in (self.steps, self.tokens, self.minutes)) != 1:
             raise ValueError("give exactly one of steps, tokens, minutes")
+        if self.global_rows is not None and self.accumulation != 1:
+            raise ValueError("train.accumulation follows from train.global_rows; give one of the two")
+        if self.parallel == "fsdp" and self.minutes is not None:
+            raise ValueError("train.minutes is measured on the whole model, which fsdp shards; give steps or tokens")
         return self
 
 

@@ -104,7 +104,11 @@ class Adaptive(ABC):
 
     @abstractmethod
     def observe(self, corruption: Corruption, losses: Tensor, block: Tensor) -> None:
-        """Learn from a pass: losses [M] of the masked tokens, in order, of the blocks `block` [N]."""
+        """Note a pass: losses [M] of the masked tokens, in order, of the blocks `block` [N]."""
+
+    @abstractmethod
+    def settle(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Learn from what was noted since the last call, a step; total(x) sums x over all processes."""
 
     def due(self, step: int) -> bool:
         """Whether `search` should be called before this step."""
@@ -138,6 +142,7 @@ class CountProposal(Adaptive):
         shape = (self.LARGEST + 1, self.LARGEST + 1)
         self.moment = torch.zeros(shape, dtype=torch.float64)
         self.weight = torch.zeros(shape, dtype=torch.float64)
+        self._noted = torch.zeros(2, *shape, dtype=torch.float64)  # squares and numbers of this step's blocks
 
     def kappa(self) -> Tensor:
         """Proposal [n, k]; uniform over 1..n where nothing was seen."""
@@ -163,8 +168,12 @@ class CountProposal(Adaptive):
         count = torch.zeros_like(size).index_add(0, block, corruption.masked.long())
         known = (size <= self.LARGEST) & (count > 0)
         n, k, loss = size[known].cpu(), count[known].cpu(), loss[known].cpu()
-        seen = torch.zeros_like(self.weight).index_put((n, k), torch.ones_like(loss), accumulate=True)
-        square = torch.zeros_like(self.weight).index_put((n, k), loss**2, accumulate=True)
+        self._noted[0].index_put_((n, k), loss**2, accumulate=True)
+        self._noted[1].index_put_((n, k), torch.ones_like(loss), accumulate=True)
+
+    def settle(self, total: Callable[[Tensor], Tensor]) -> None:
+        square, seen = total(self._noted)
+        self._noted = torch.zeros_like(self._noted)
         kept = torch.where(seen > 0, self.settings.decay, 1.0)
         self.moment, self.weight = self.moment * kept + square, self.weight * kept + seen
 
@@ -190,6 +199,9 @@ class ClipSearch(Adaptive):
         return _ClippedBySize(dict(self.best), self.settings)
 
     def observe(self, corruption: Corruption, losses: Tensor, block: Tensor) -> None:
+        pass
+
+    def settle(self, total: Callable[[Tensor], Tensor]) -> None:
         pass
 
     def due(self, step: int) -> bool:

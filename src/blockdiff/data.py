@@ -22,13 +22,15 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.utils.data import Dataset
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blockdiff.datafiles import BadRows, DataError, read_rows, reject
+from blockdiff.rng import uniform
 
 _CHUNK = 512
+_ORDER = 9  # purpose of random numbers
 
 
 @dataclass(frozen=True)
@@ -278,6 +280,33 @@ class PackedRows(Dataset[list[Document]]):
     def scored(self) -> int:
         """Scored tokens in all rows."""
         return sum(document.scored for row in self.rows for document in row)
+
+
+class TrainingStream(Dataset[tuple[int, list[Document]]]):
+    """The rows of a whole training, one after another: a new order of all rows for every pass through the data.
+
+    Its item k is (k, row): which row that is depends on `seed` and k alone, so processes that share the stream, however
+    many, read the same rows in the same steps. `collate_numbered` makes them a batch.
+    """
+
+    def __init__(self, rows: PackedRows, seed: int, length: int) -> None:
+        self.rows, self.seed, self.length = rows, seed, length
+        self._epoch, self._order = -1, torch.zeros(0, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, number: int) -> tuple[int, list[Document]]:
+        epoch, place = divmod(number, len(self.rows))
+        if epoch != self._epoch:
+            key = int(uniform(self.seed, epoch, _ORDER) * 2**53)
+            self._epoch, self._order = epoch, torch.randperm(len(self.rows), generator=Generator().manual_seed(key))
+        return number, self.rows[int(self._order[place])]
+
+
+def collate_numbered(items: Sequence[tuple[int, Sequence[Document]]]) -> dict[str, Tensor]:
+    """`collate` of a `TrainingStream`'s items, with their numbers: row int64 [B]."""
+    return collate([row for _, row in items]) | {"row": torch.tensor([number for number, _ in items])}
 
 
 def collate(rows: Sequence[Sequence[Document]]) -> dict[str, Tensor]:

@@ -13,13 +13,16 @@ over (prefix, window) Adaptive Block Diffusion (2606.29275). `scale_mixture` is 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
 
+from blockdiff.own_layouts import FORBID_EXTRA as FORBID_EXTRA
+from blockdiff.own_layouts import LayoutDistribution as LayoutDistribution
+from blockdiff.own_layouts import Own
 from blockdiff.partitions import (
     cut_counts,
     cut_table,
@@ -34,40 +37,6 @@ from blockdiff.partitions import (
     random_offsets,
     tabulate,
 )
-
-FORBID_EXTRA = {"extra": "forbid"}  # read by pydantic, which is not imported here
-
-
-class LayoutDistribution(ABC):
-    """Draws block starts for spans, and knows its own table of configurations."""
-
-    kind: str
-    __pydantic_config__ = FORBID_EXTRA
-
-    @abstractmethod
-    def draw(self, lengths: Tensor, generator: Generator) -> Tensor:
-        """Block starts, bool [S, max(lengths)], for spans of the given lengths [S]; a span's entry 0 is always True."""
-
-    @abstractmethod
-    def configurations(self, length: int) -> Tensor:
-        """Expected number of blocks at (p, w) in a span of `length` tokens: float64 [length, length + 1]."""
-
-    @property
-    def largest_named(self) -> int:
-        """The largest block size that the distribution names (1 where it names none)."""
-        return 1
-
-    def support(self, length: int) -> Tensor:
-        """Configurations (p, w) that occur in a span of `length` tokens: bool [length, length + 1]."""
-        return self.configurations(length) > 0
-
-    def block_counts(self, length: int) -> Tensor:
-        """Expected number of blocks of each size in a span of `length` tokens: float64 [length + 1]."""
-        return self.configurations(length).sum(0)
-
-    def token_share(self, length: int) -> Tensor:
-        """Share of the tokens of a span of `length` that lie in blocks of each size: float64 [length + 1], sum 1."""
-        return self.block_counts(length) * torch.arange(length + 1, dtype=torch.float64) / length
 
 
 @dataclass(frozen=True)
@@ -385,7 +354,7 @@ class AR(LayoutDistribution):
 
 
 AnyLayout = (
-    Fixed | RandomOffset | Mixture | Uniform | LogUniform | Geometric | ScaleMixture | AdaptiveMixture | Full | AR
+    Fixed | RandomOffset | Mixture | Uniform | LogUniform | Geometric | ScaleMixture | AdaptiveMixture | Full | AR | Own
 )
 DISTRIBUTIONS: dict[str, type[LayoutDistribution]] = {
     str(cls.__dataclass_fields__["kind"].default): cls for cls in AnyLayout.__args__

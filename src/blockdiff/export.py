@@ -1,7 +1,8 @@
 """Checkpoints of ours in the format that other engines serve.
 
-SDAR's format is Qwen3 with other words in its config: SGLang and LMDeploy decode it, block-causal, with logits at the
-token's own place, and with the mask id in their code. The keys that they read are listed in docs/checkpoints.md.
+SDAR's format is Qwen3, SDAR-MoE's Qwen3-MoE, with other words in the config: SGLang and LMDeploy decode them,
+block-causal, with logits at the token's own place, and with the mask id in their code. The keys that they read are
+listed in docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -20,20 +21,22 @@ from blockdiff.model import BlockDiffusionModel
 
 FORMATS = ("sdar",)
 LAUNCH_FILE = "launch.yaml"
+_TYPES = {"qwen3": ("sdar", "SDARForCausalLM"), "qwen3_moe": ("sdar_moe", "SDARMoeForCausalLM")}
 # engines learn the config from this file where transformers does not know the model type; it holds no modeling code
 _CONFIG_CODE = '''"""SDAR's config as engines read it: every key of config.json becomes an attribute."""
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, __version__
 
 
 class SDARConfig(PretrainedConfig):
-    model_type = "sdar"
+    model_type = "{model_type}"
 
     def __init__(self, rope_theta=10000.0, rope_scaling=None, rope_parameters=None, **keys):
         super().__init__(**keys)
         self.rope_theta = rope_theta
         self.rope_scaling = rope_scaling
-        if rope_parameters is not None:  # last: transformers 5 keeps rope_scaling under this name
+        # last: transformers 5 keeps rope_scaling under this name; under 4 LMDeploy reads on where it finds it
+        if rope_parameters is not None and int(__version__.split(".")[0]) >= 5:
             self.rope_parameters = rope_parameters
 '''
 
@@ -50,9 +53,9 @@ def export_sdar(model: BlockDiffusionModel, target: Path) -> list[Path]:
     size = model.spec.default_block_size
     with replace_directory(target) as staging:
         model.save_into(staging)
-        config = json.loads((staging / "config.json").read_text())
-        (staging / "config.json").write_text(json.dumps(sdar_config(config, model, size), indent=2) + "\n")
-        (staging / "configuration_sdar.py").write_text(_CONFIG_CODE)
+        config = sdar_config(json.loads((staging / "config.json").read_text()), model, size)
+        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (staging / "configuration_sdar.py").write_text(_CONFIG_CODE.replace("{model_type}", config["model_type"]))
         (staging / LAUNCH_FILE).write_text(
             "# SGLang: --dllm-algorithm LowConfidence --dllm-algorithm-config THIS_FILE --trust-remote-code\n"
             f"# LMDeploy: dllm_block_length={size}\n" + yaml.safe_dump({"block_size": size})
@@ -74,13 +77,18 @@ def sdar_notes(model: BlockDiffusionModel) -> list[str]:
 
 def sdar_config(config: dict[str, Any], model: BlockDiffusionModel, block_size: int) -> dict[str, Any]:
     """A Qwen3 config.json in SDAR's words: transformers 5 keeps the rotary base in `rope_parameters` alone, and engines
-    that look for `rope_theta` beside it would go on with 10000."""
+    that look for `rope_theta` beside it would go on with 10000; it calls `num_local_experts` what they call
+    `num_experts`."""
     rope = config["rope_parameters"]
+    model_type, architecture = _TYPES[config["model_type"]]
+    if "num_local_experts" in config:
+        config = {key: value for key, value in config.items() if key != "num_local_experts"}
+        config["num_experts"] = model.backbone.config.num_local_experts
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     dtype = str(model.dtype).removeprefix("torch.")
     return config | {
-        "model_type": "sdar",
-        "architectures": ["SDARForCausalLM"],
+        "model_type": model_type,
+        "architectures": [architecture],
         "auto_map": {"AutoConfig": "configuration_sdar.SDARConfig"},
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None if rope["rope_type"] == "default" else scaling,
@@ -99,7 +107,7 @@ def _check_sdar(model: BlockDiffusionModel) -> None:
     assert family.mask_id is not None
     retrain = "train with preset: sdar"
     wrong = ""
-    if config.model_type != "qwen3":
+    if config.model_type not in _TYPES:
         wrong = f"its network is {config.model_type}, SDAR's is Qwen3: adapt a Qwen3 checkpoint"
     elif not spec.is_diffusion:
         wrong = f"it is a plain AR model: {retrain}"
@@ -114,10 +122,21 @@ def _check_sdar(model: BlockDiffusionModel) -> None:
             f"its mask id is {spec.mask_id}, and engines have {family.mask_id.value} in their code: adapt a Qwen3 "
             "checkpoint with its own tokenizer, where that is the first free row"
         )
-    elif any(kind != "full_attention" for kind in config.layer_types):
+    elif any(window is not None for window in model.windows.values()):
         wrong = "some of its layers have a sliding window, which SDAR lacks: adapt a checkpoint without"
+    elif config.model_type == "qwen3_moe":
+        wrong = _unlike_moe(config)
     if wrong:
         raise UnsupportedModel(f"export to sdar: {wrong}")
+
+
+def _unlike_moe(config: Any) -> str:
+    """Why SGLang would compute something else: it has experts in every layer and lets their shares sum to one."""
+    if config.mlp_only_layers or config.decoder_sparse_step != 1:
+        return "some of its layers have no experts, and engines expect them in all: adapt a checkpoint that has them"
+    if not config.norm_topk_prob:
+        return "its experts' shares do not sum to one (norm_topk_prob is false), SDAR-MoE's do: adapt a checkpoint so"
+    return ""
 
 
 def _pad_id(config: dict[str, Any], model: BlockDiffusionModel) -> int | None:

@@ -8,8 +8,11 @@ which `blockdiff.foreign` refuses to guess. `docs/checkpoints.md` says what of i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from blockdiff import dit, llada2
+from blockdiff.conversion import Conversion
 
 # keys that transformers writes into any config, or that concern texts and not the network
 BOOKKEEPING = {"architectures", "auto_map", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache"}
@@ -32,8 +35,10 @@ class Family:
     marks: keys of the config that only this family has, where the architecture's name alone does not tell. prediction
     `same` or `shift`; boundary (with `shift`) as in `objectives.Alignment`; clean_context as in `masks`, or `full`;
     block_key and mask_key: keys of the config that state the two; extra: further keys of the config that change nothing
-    at inference. backbone: the model type of transformers whose class has the same weights and arithmetic. needs: what
-    loading would take, where blockdiff does not load it. note: what a user of a loaded one should know.
+    at inference. backbone: the model type of transformers whose class has the same arithmetic, and the same names but
+    where there is a conversion. needs: what loading would take, where blockdiff does not load it. commands: those that
+    run it all the same, by transformers' own `generate`. others: further conventions, of this family alone. note: what
+    a user of a loaded one should know; unsized: and where its block size is taken for granted.
     """
 
     name: str
@@ -49,8 +54,13 @@ class Family:
     mask_key: str = "mask_token_id"
     extra: tuple[str, ...] = ()
     backbone: str = ""
+    conversion: Conversion | None = None
     needs: str = ""
+    commands: tuple[str, ...] = ()
+    reader: str = ""
+    others: Mapping[str, Fact] = field(default_factory=dict)
     note: str = ""
+    unsized: str = ""
 
     def is_of(self, config: Mapping[str, Any]) -> bool:
         """Whether a config.json is of this family."""
@@ -58,6 +68,10 @@ class Family:
             return all(key in config for key in self.marks)
         named = config.get("architectures") or ()
         return config.get("model_type") in self.model_types or any(name in self.architectures for name in named)
+
+    def advice(self, sized: bool) -> str:
+        """The note for a checkpoint that says its block size, or does not."""
+        return self.note if sized or not self.unsized else f"{self.note}; {self.unsized}"
 
 
 def family_of(config: Mapping[str, Any]) -> Family | None:
@@ -69,10 +83,12 @@ _SDAR_CODE = "JetAstra/SDAR, modeling_sdar.py and generate.py"
 _SDAR_ENGINES = "SGLang srt/dllm/config.py, LMDeploy pytorch/configurations/sdar.py"
 _A2D_CODE = "ZHZisZZ/dllm, dllm/pipelines/a2d"
 _FAST = "Efficient-Large-Model/Fast_dLLM_v2_7B, modeling.py"
+_GEMMA = "transformers, models/diffusion_gemma"
 _LLADA2 = "inclusionAI/dFactory, models/llada2_moe"
 _PROMPTS = "prompts are read token by token here, and blocks begin after the prompt; the original "
 _GRID = _PROMPTS + "cuts prompt and answer into one grid of blocks (docs/checkpoints.md)"
-_MAYBE_GRID = _PROMPTS + "may cut prompt and answer into one grid of blocks (docs/checkpoints.md)"
+_COUNTED_BACK = _PROMPTS + "cuts it into blocks counted back from its end (docs/checkpoints.md)"
+_BD3LM = "kuleshov-group/bd3lms, models/hf/modeling_bd3lm.py"
 
 
 def _sdar(model_type: str, architecture: str, backbone: str) -> Family:
@@ -87,6 +103,7 @@ def _sdar(model_type: str, architecture: str, backbone: str) -> Family:
         extra=("fuse_cross_entropy",),
         backbone=backbone,
         note=_GRID,
+        unsized="without block_size in config.json blocks of 4 are taken, and releases named -b8 to -b64 need theirs",
     )
 
 
@@ -98,7 +115,7 @@ def _a2d(backbone: str, architecture: str) -> Family:
         prediction=Fact("same", _A2D_CODE),
         block_size=Fact(32, f"{_A2D_CODE} (recipe of Qwen3-0.6B-diffusion-bd3lm)"),
         backbone=backbone,
-        note=_MAYBE_GRID,
+        note=_COUNTED_BACK,
     )
 
 
@@ -119,7 +136,7 @@ FAMILIES: tuple[Family, ...] = (
         mask_id=Fact(151665, _FAST),
         block_key="bd_size",
         backbone="qwen2",
-        note=_MAYBE_GRID + "; it decodes sub-blocks of 8",
+        note=_GRID + "; it decodes sub-blocks of 8",
     ),
     Family(
         "SDLM",
@@ -134,10 +151,12 @@ FAMILIES: tuple[Family, ...] = (
         "BD3-LM",
         ("bd3lm",),
         ("BD3LM",),
-        prediction=Fact("same", "kuleshov-group/bd3lms, models/hf/modeling_bd3lm.py"),
-        clean_context=Fact("block_causal", "kuleshov-group/bd3lms, models/hf/modeling_bd3lm.py"),
+        prediction=Fact("same", _BD3LM),
+        clean_context=Fact("block_causal", _BD3LM),
         mask_id=Fact(50257, "kuleshov-group/bd3lms (GPT-2's vocabulary and one row)"),
-        needs="its diffusion transformer (adaLN), which transformers has no class for",
+        backbone=dit.MODEL_TYPE,
+        conversion=dit.CONVERSION,
+        note=_GRID + "; its tokens are GPT-2's, whose tokenizer must lie beside the weights",
     ),
     Family(
         "LLaDA 2",
@@ -147,7 +166,9 @@ FAMILIES: tuple[Family, ...] = (
         clean_context=Fact("block_causal", _LLADA2),
         block_size=Fact(32, "SGLang srt/dllm/config.py"),
         mask_id=Fact(156895, "SGLang srt/dllm/config.py"),
-        needs="its mixture of experts (sigmoid router, half rotary), which transformers has no class for",
+        backbone="glm4_moe",
+        conversion=llada2.CONVERSION,
+        note=_GRID,
     ),
     Family(
         "LLaDA",
@@ -180,10 +201,28 @@ FAMILIES: tuple[Family, ...] = (
         "DiffusionGemma",
         ("diffusion_gemma",),
         ("DiffusionGemmaForBlockDiffusion",),
-        clean_context=Fact("context_causal", "transformers, models/diffusion_gemma"),
-        block_size=Fact(256, "transformers, models/diffusion_gemma (canvas_length)"),
+        prediction=Fact("same", _GEMMA),
+        clean_context=Fact("context_causal", _GEMMA),
+        block_size=Fact(256, f"{_GEMMA} (canvas_length)"),
         block_key="canvas_length",
-        needs="an encoder with a decoder, self-conditioning, and noise of random tokens without a [MASK]; "
-        "transformers' own generate() runs it",
+        needs="an engine of its own (encoder and decoder, self-conditioning, noise of random tokens): generate, "
+        "eval tasks --data and eval generation run it through transformers' own generate(), in Python "
+        "blockdiff.load_writer. "
+        "No bound: the noise schedule and loss weights of its training are not in transformers",
+        reader="DiffusionGemmaForBlockDiffusion",
+        commands=("generate", "eval tasks --data", "eval generation"),
+        others={
+            "mask_id": Fact("none", _GEMMA),
+            "noise": Fact("every token of the canvas drawn uniformly from the vocabulary", _GEMMA),
+            "architecture": Fact(
+                "a causal encoder writes keys and values, a decoder with its weights reads them", _GEMMA
+            ),
+            "conditioning": Fact(
+                "the decoder is fed its last prediction, as a mean of embeddings; it has none at first", _GEMMA
+            ),
+            "images": Fact("its encoder reads them; blockdiff gives it text alone", _GEMMA),
+        },
+        note="no bound (its training's noise schedule and loss weights are not published with it), no serve, chat, "
+        "train or export; one text at a time",
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -11,6 +12,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from safetensors import SafetensorError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -24,9 +29,10 @@ def replace_directory(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        yield staging
-        staging.chmod(0o755)
-        sync_tree(staging)
+        with _room(target):
+            yield staging
+            staging.chmod(0o755)
+            sync_tree(staging)
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             target.rename(old / "was")
@@ -59,7 +65,7 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with _room(path), os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -68,6 +74,19 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def _room(path: Path) -> Iterator[None]:
+    """A full disk, as an OSError that says where."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # the latter knows no number
+        full = error.errno in _FULL if isinstance(error, OSError) else "I/O error" in str(error)
+        if not full:
+            raise
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OSError(f"{path}: {reason}; make room") from error
 
 
 def write_bytes(path: Path, contents: bytes) -> None:

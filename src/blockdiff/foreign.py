@@ -1,8 +1,8 @@
 """Checkpoints of other projects, read through transformers' own classes: their config, their conventions, their Spec.
 
 No code of a checkpoint is run and none is copied: a family of `blockdiff.families` is loaded where its weights have the
-names and the arithmetic of a class in transformers, and every key of its config is understood. Anything else is refused
-in one line, with what it would take.
+arithmetic of a class in transformers, under the same names or through a conversion, and every key of its config is
+understood. Anything else is refused in one line, with what it would take.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -29,6 +32,17 @@ _NEEDED = ("prediction", "clean_context", "block_size", "mask_id")
 _ROPE = ("rope_parameters", "rope_theta", "rope_scaling")
 # keys that a config class takes without listing them among its own
 _TAKEN = ("head_dim", "max_window_layers")
+# what transformers raises, by its version and by the key, for a config or a tokenizer that it cannot build
+UNBUILDABLE = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    StrictDataclassError,
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,31 @@ class Foreign:
     family: Family
     stated: Mapping[str, Any]
     config: PreTrainedConfig
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights of a family with a conversion, all of them, as transformers' class has them."""
+        local = Path(self.where)
+        folder = local if local.is_dir() else Path(snapshot_download(self.where, allow_patterns="*.safetensors"))
+        state: dict[str, Tensor] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            state |= load_file(file)
+        return self.converted(state)
+
+    def converted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The checkpoint's state dict as transformers' class has it; raises UnsupportedModel where one is missing."""
+        if self.family.conversion is None:
+            return state
+        try:
+            return self.family.conversion.weights(state, self.config)
+        except KeyError as error:
+            raise UnsupportedModel(
+                f"{self.where}: weights are missing, among them {error.args[0]}; take a whole copy"
+            ) from error
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise UnsupportedModel(
+                f"{self.where}: its weights do not have the shapes that its config.json says ({reason}); copy it again"
+            ) from error
 
     def spec(self, own: Spec | None, tokenizer: PreTrainedTokenizerBase | None, context_length: int) -> Spec:
         """The checkpoint's Spec: its own `block_diffusion.json` where it has one, else what the table says.
@@ -73,12 +112,22 @@ def read_foreign(path: str | Path) -> Foreign | None:
 
     Raises UnsupportedModel for a family that blockdiff cannot load, and for a config that it does not understand.
     """
-    file = cached_file(str(path), "config.json", _raise_exceptions_for_missing_entries=False)
-    stated = None if file is None else read_config(Path(file))
+    stated = _stated(path)
     family = None if stated is None else family_of(stated)
     if stated is None or family is None:
         return None
     return Foreign(str(path), family, stated, backbone_config(str(path), family, stated))
+
+
+def foreign_family(path: str | Path) -> Family | None:
+    """The family of the checkpoint at a path or hub name; None where the table does not know it."""
+    stated = _stated(path)
+    return None if stated is None else family_of(stated)
+
+
+def _stated(path: str | Path) -> dict[str, Any] | None:
+    file = cached_file(str(path), "config.json", _raise_exceptions_for_missing_entries=False)
+    return None if file is None else read_config(Path(file))
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -89,6 +138,11 @@ def read_config(file: Path) -> dict[str, Any]:
         raise UnsupportedModel(f"{file}: no JSON ({error}); copy the checkpoint again") from error
     if not isinstance(config, dict):
         raise UnsupportedModel(f"{file}: no configuration of a model; copy the checkpoint again")
+    kind, named = config.get("model_type"), config.get("architectures")
+    if not isinstance(kind, str | None) or not isinstance(named, list | None):
+        raise UnsupportedModel(f"{file}: model_type must be a name and architectures a list; copy the checkpoint again")
+    if any(not isinstance(name, str) for name in named or ()):
+        raise UnsupportedModel(f"{file}: architectures must be names, not {named!r}; copy the checkpoint again")
     return config
 
 
@@ -121,8 +175,7 @@ def backbone_config(where: str, family: Family, stated: Mapping[str, Any]) -> Pr
     """Transformers' config for a checkpoint's weights; raises UnsupportedModel where a key is not understood."""
     if family.needs:
         raise UnsupportedModel(f"{where}: {family.name} is not loaded; it would need {family.needs}")
-    plain = AutoConfig.for_model(family.backbone)
-    settings = {*plain.to_dict(), *plain.attribute_map, *_ROPE, *_TAKEN} - BOOKKEEPING
+    settings = _settings(family) - BOOKKEEPING
     ours = {family.block_key, family.mask_key, *family.extra}
     unknown = sorted(set(stated) - settings - BOOKKEEPING - ours)
     if unknown:
@@ -130,19 +183,30 @@ def backbone_config(where: str, family: Family, stated: Mapping[str, Any]) -> Pr
             f"{where}: config.json has keys that blockdiff does not know for {family.name}: {', '.join(unknown)}; find "
             "out from the model's own code what they do, and take out those that change nothing at inference"
         )
-    _check_rope(where, stated)
-    taken = {key: value for key, value in stated.items() if key in settings}
-    if taken.get("rope_parameters"):
-        taken = {key: value for key, value in taken.items() if key not in ("rope_theta", "rope_scaling")}
+    if family.conversion is None:
+        _check_rope(where, stated)
+        taken = {key: value for key, value in stated.items() if key in settings}
+        if taken.get("rope_parameters"):
+            taken = {key: value for key, value in taken.items() if key not in ("rope_theta", "rope_scaling")}
+    else:
+        taken = family.conversion.config(where, stated)
     special = {key: value for key, value in stated.items() if key.endswith("_token_id") and key != family.mask_key}
     dtype = stated.get("dtype") or stated.get("torch_dtype")
     try:
-        return AutoConfig.for_model(family.backbone, **taken, **special, dtype=dtype)
-    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        return AutoConfig.for_model(family.backbone, **{**taken, **special}, dtype=dtype)
+    except UNBUILDABLE as error:
         reason = " ".join(str(error).split())[:300]
         raise UnsupportedModel(
             f"{where}: config.json does not fit transformers' {family.backbone} ({reason})"
         ) from error
+
+
+def _settings(family: Family) -> set[str]:
+    """Keys of a family's config that transformers' class, or the conversion to it, understands."""
+    if family.conversion is not None:
+        return family.conversion.keys
+    plain = AutoConfig.for_model(family.backbone)
+    return {*plain.to_dict(), *plain.attribute_map, *_ROPE, *_TAKEN}
 
 
 def _check_rope(where: str, stated: Mapping[str, Any]) -> None:

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blockdiff.attention import UnsupportedModel
 from blockdiff.distributions import to_dict
 from blockdiff.families import Fact, Family, family_of
 from blockdiff.foreign import Foreign, backbone_config, conventions, read_config
-from blockdiff.loading import load_tokenizer
+from blockdiff.loading import load_tokenizer, reading
 from blockdiff.model import SPEC_FILE, Spec
 
 _NAMES = ("prediction", "boundary", "clean_context", "block_size", "mask_id")
@@ -32,7 +32,8 @@ _AR = {
     "block_size": 1,
     "mask_id": "none",
 }
-_CONVERTED = ("qwen3_moe",)  # their weights are renamed while they are read, so names cannot be compared here
+_SAMPLER = ("max_denoising_steps", "sampler_config", "t_max", "t_min", "stability_threshold", "confidence_threshold")
+_EXPERTS = ".mlp.experts."
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Weights:
 @dataclass(frozen=True)
 class Inspection:
     """A checkpoint as it lies there. conventions holds what is known; `problem` says why blockdiff would not load it
-    and what would be needed (empty: it loads, if the probe at load agrees)."""
+    and what would be needed (empty: it loads, if the probe at load agrees); commands: those that run it, where not all
+    do."""
 
     path: str
     family: str
@@ -63,6 +65,7 @@ class Inspection:
     vocabulary: int | None
     problem: str
     note: str
+    commands: tuple[str, ...] = ()
 
     @property
     def loads(self) -> bool:
@@ -79,7 +82,7 @@ class Inspection:
                 name: {"value": self.conventions[name].value, "source": self.conventions[name].source}
                 if name in self.conventions
                 else None
-                for name in _NAMES
+                for name in dict.fromkeys((*_NAMES, *self.conventions))
             },
             "weights": {
                 "files": self.weights.files,
@@ -89,6 +92,7 @@ class Inspection:
             },
             "tokenizer": self.vocabulary,
             "loads": self.loads,
+            "commands": list(self.commands) or None,
             "problem": self.problem or None,
             "note": self.note or None,
         }
@@ -102,12 +106,13 @@ class Inspection:
         tokenizer = "none" if self.vocabulary is None else f"{self.vocabulary:,} tokens"
         lines = [f"{self.path}: {self.family}", _line("network", f"{self.model_type} ({named}){read}")]
         lines += [_line("weights", held), _line("tokenizer", tokenizer)]
-        for name in _NAMES:
+        for name in dict.fromkeys((*_NAMES, *self.conventions)):
             fact = self.conventions.get(name)
             if fact is not None or name != "boundary":  # a matter of prediction `shift` alone
                 said = "unknown" if fact is None else f"{fact.value}  ({fact.source})"
                 lines.append(_line(name.replace("_", " "), said))
-        lines.append(_line("loads", f"no: {self.problem}" if self.problem else "yes, if the probe at load agrees"))
+        able = f"for {', '.join(self.commands)} alone" if self.commands else "yes, if the probe at load agrees"
+        lines.append(_line("loads", f"no: {self.problem}" if self.problem else able))
         return "\n".join(lines + ([_line("note", self.note)] if self.note else []))
 
 
@@ -151,7 +156,9 @@ def _foreign(folder: Path, stated: Mapping[str, Any], weights: Weights, own: Spe
     try:
         config = None if family.needs else backbone_config(where, family, stated)
         tokenizer = load_tokenizer(folder, config) if config is not None else None
-        known = conventions(where, family, stated, tokenizer)
+        known = {**conventions(where, family, stated, tokenizer), **family.others}
+        if family.commands:
+            return _by_itself(folder, stated, weights, family, known, problem)
         if config is None:
             problem = f"it would need {family.needs}"
         else:
@@ -161,7 +168,32 @@ def _foreign(folder: Path, stated: Mapping[str, Any], weights: Weights, own: Spe
     except UnsupportedModel as error:
         problem = str(error).removeprefix(f"{where}: ")
     said = {**known, **(_said(own) if own is not None else {})}
-    return _inspection(folder, stated, weights, family.name, family.backbone, said, tokenizer, problem, family.note)
+    note = family.advice(sized=own is not None or family.block_key in stated)
+    return _inspection(folder, stated, weights, family.name, family.backbone, said, tokenizer, problem, note)
+
+
+def _by_itself(
+    folder: Path,
+    stated: Mapping[str, Any],
+    weights: Weights,
+    family: Family,
+    known: Mapping[str, Fact],
+    problem: str,
+) -> Inspection:
+    """A checkpoint that transformers' own `generate` runs, with the settings of its sampler."""
+    file = folder / "generation_config.json"
+    settings = read_config(file) if file.is_file() else {}
+    said = ", ".join(f"{name} {settings[name]}" for name in _SAMPLER if settings.get(name) is not None)
+    sampler = (
+        Fact(said, "generation_config.json")
+        if said
+        else Fact("transformers' own settings", "no generation_config.json says others")
+    )
+    tokenizer = load_tokenizer(folder)
+    known = {**known, "sampler": sampler}
+    problem = problem or ("" if tokenizer is not None else "no tokenizer")
+    found = _inspection(folder, stated, weights, family.name, family.reader, known, tokenizer, problem, family.note)
+    return replace(found, commands=family.commands)
 
 
 def _plain(folder: Path, stated: Mapping[str, Any], weights: Weights, own: Spec | None) -> Inspection:
@@ -180,7 +212,14 @@ def _plain(folder: Path, stated: Mapping[str, Any], weights: Weights, own: Spec 
     known = {} if own is None else _said(own)
     if own is None and causal:
         known = {name: Fact(value, f"transformers' {kind} as it is") for name, value in _AR.items()}
-    tokenizer = load_tokenizer(folder) if causal else None
+    tokenizer = None
+    if causal:
+        try:
+            with reading(folder):
+                AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = load_tokenizer(folder)
+        except UnsupportedModel as error:
+            problem = str(error).removeprefix(f"{folder}: ")
     return _inspection(folder, stated, weights, name, str(kind) if causal else "", known, tokenizer, problem, "")
 
 
@@ -224,25 +263,37 @@ def _said(own: Spec) -> dict[str, Fact]:
 
 def _unlike(foreign: Foreign, weights: Weights) -> str:
     """Why these weights are not those of the class that would read them, from names and shapes; empty: they are."""
-    if foreign.family.backbone in _CONVERTED:
-        return ""
     with torch.device("meta"):
+        state = foreign.converted({name: torch.empty(shape) for name, shape in weights.shapes.items()})
         model = AutoModelForCausalLM.from_config(foreign.config)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wanted = dict(part for name, tensor in model.state_dict().items() for part in _stored(name, tuple(tensor.shape)))
     tied = {"lm_head.weight"} if foreign.config.tie_word_embeddings else set()
-    missing = sorted(set(wanted) - set(weights.shapes) - tied)
+    missing = sorted(set(wanted) - set(shapes) - tied)
     if missing:
         return f"{len(missing)} weights are missing, among them {missing[0]}; take a whole copy"
-    odd = sorted(set(weights.shapes) - set(wanted))
+    odd = sorted(set(shapes) - set(wanted))
     if odd:
         return (
             f"weights that transformers' {foreign.family.backbone} has no place for, among them {odd[0]}; this is more "
             f"than {foreign.family.name}"
         )
-    bent = [name for name, shape in weights.shapes.items() if shape != wanted[name]]
+    bent = [name for name, shape in shapes.items() if shape != wanted[name]]
     if bent:
-        return f"{bent[0]} is {list(weights.shapes[bent[0]])}, and {list(wanted[bent[0]])} by its config.json"
+        return f"{bent[0]} is {list(shapes[bent[0]])}, and {list(wanted[bent[0]])} by its config.json"
     return ""
+
+
+def _stored(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """A weight of transformers' class as files hold it: experts one by one, which transformers fuses while it reads."""
+    layer, marked, leaf = name.partition(_EXPERTS)
+    if not marked or leaf not in ("gate_up_proj", "down_proj"):
+        return [(name, shape)]
+    count, rows, columns = shape
+    gates = leaf == "gate_up_proj"
+    parts = ("gate_proj", "up_proj") if gates else ("down_proj",)
+    each = (rows // 2, columns) if gates else (rows, columns)
+    return [(f"{layer}{_EXPERTS}{expert}.{part}.weight", each) for expert in range(count) for part in parts]
 
 
 def _line(name: str, value: str) -> str:

@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,19 +28,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from blockdiff.attention import NAMES, Implementation, UnsupportedModel
-from blockdiff.foreign import Foreign, read_foreign
+from blockdiff.foreign import UNBUILDABLE, Foreign, read_foreign
 from blockdiff.model import SPEC_FILE, BlockDiffusionModel, Spec
 from blockdiff.probe import probe
 
-_UNBUILDABLE = (
-    ValueError,
-    KeyError,
-    TypeError,
-    RuntimeError,
-    ArithmeticError,
-    AssertionError,
-    StrictDataclassError,
-)
 M = TypeVar("M", bound=BlockDiffusionModel)
 
 
@@ -86,34 +79,11 @@ def load(
 
     Raises FileNotFoundError for a missing path and UnsupportedModel for pickled weights or a foreign architecture.
     """
-    local = Path(path)
-    if local.exists() or not _looks_like_hub_name(local):
-        _check_directory(local)
-    try:
+    with reading(path):
         spec_file = cached_file(str(path), SPEC_FILE, _raise_exceptions_for_missing_entries=False)
         foreign = read_foreign(path)
-        backbone, found = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=None if foreign is None else foreign.config,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=False,  # said aloud, since transformers would ask at a terminal
-        )
-    except UnsupportedModel:
-        raise
-    except (SafetensorError, *_UNBUILDABLE) as error:
-        reason = " ".join(str(error).split())
-        raise UnsupportedModel(f"{path}: its config and weights cannot be read ({reason[:300]})") from error
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{path}: neither a model directory here nor a model that can be fetched ({str(error).splitlines()[0]})"
-        ) from error
-    if found["missing_keys"]:  # transformers would go on with random numbers in their places
-        missing = sorted(found["missing_keys"])
-        raise UnsupportedModel(
-            f"{path}: {len(missing)} weights are missing, among them {missing[0]}; take a whole copy"
-        )
+        backbone, found = _read(path, foreign, dtype)
+    check_whole(path, found)
     spec = Spec.from_json(Path(spec_file)) if spec_file else None
     tokenizer = load_tokenizer(path, None if foreign is None else foreign.config)
     if foreign is not None:
@@ -137,10 +107,32 @@ def load(
         model.adapter.load(Path(spec_file).parent, model.backbone)
         model.eval()
     if foreign is not None and not spec_file:
-        model.notes.append(foreign.family.note)
+        model.notes.append(foreign.family.advice(sized=foreign.family.block_key in foreign.stated))
     if spec is None and not add_mask:
         model.spec = replace(model.spec, trained_length=model.context_length)
     return model
+
+
+def _read(
+    path: str | Path, foreign: Foreign | None, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The decoder at a path, and what its weights were found to lack or to have beside."""
+    options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
+    if foreign is not None and foreign.family.conversion is not None:
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(foreign.config)]
+        read = kind.from_pretrained(None, config=foreign.config, state_dict=foreign.weights(), **options)
+    else:
+        read = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=None if foreign is None else foreign.config,
+            use_safetensors=True,
+            trust_remote_code=False,  # said aloud, since transformers would ask at a terminal
+            **options,
+        )
+    backbone, found = read
+    if backbone.dtype == torch.float64 and hasattr(backbone, "set_experts_implementation"):
+        backbone.set_experts_implementation("eager")  # the grouped kernels have no float64
+    return backbone, found
 
 
 def load_tokenizer(path: str | Path, config: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase | None:
@@ -150,7 +142,7 @@ def load_tokenizer(path: str | Path, config: PreTrainedConfig | None = None) -> 
         return None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except UNBUILDABLE as error:
         raise UnsupportedModel(
             f"{path}: its tokenizer cannot be read ({' '.join(str(error).split())[:200]})"
         ) from error
@@ -195,7 +187,7 @@ def from_architecture(
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
         torch.random.set_rng_state(state)
-    except _UNBUILDABLE as error:
+    except UNBUILDABLE as error:
         reason = " ".join(str(error).split())[:300]
         raise UnsupportedModel(f"model.architecture: {kind} cannot be built so ({reason})") from error
     return model
@@ -232,6 +224,34 @@ def _next_to_nothing(weight: Tensor, row: int) -> bool:
     """Whether an embedding row has less than a tenth of the usual norm."""
     norms = weight.detach().float().norm(dim=1)
     return bool(norms[row] < 0.1 * norms.median())
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """What goes wrong while a network is read from a path, as FileNotFoundError or UnsupportedModel of one line."""
+    local = Path(path)
+    if local.exists() or not _looks_like_hub_name(local):
+        _check_directory(local)
+    try:
+        yield
+    except UnsupportedModel:
+        raise
+    except (SafetensorError, *UNBUILDABLE) as error:
+        reason = " ".join(str(error).split())
+        raise UnsupportedModel(f"{path}: its config and weights cannot be read ({reason[:300]})") from error
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{path}: neither a model directory here nor a model that can be fetched ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def check_whole(path: str | Path, found: dict[str, Any]) -> None:
+    """Raise UnsupportedModel where transformers found weights missing."""
+    if found["missing_keys"]:  # transformers would go on with random numbers in their places
+        missing = sorted(found["missing_keys"])
+        raise UnsupportedModel(
+            f"{path}: {len(missing)} weights are missing, among them {missing[0]}; take a whole copy"
+        )
 
 
 def _check_directory(path: Path) -> None:

@@ -30,10 +30,13 @@ class Corruption:
     size: Tensor
 
 
-def stratified(count: int, generator: Generator) -> Tensor:
-    """`count` numbers in (0, 1), one in each of `count` equal strata, in random order: float64 [count]."""
-    jitter = torch.rand(count, dtype=torch.float64, generator=generator)
-    return (torch.randperm(count, generator=generator) + jitter) / max(count, 1)
+def systematic(count: int, generator: Generator, phase: float | None = None) -> Tensor:
+    """`count` numbers in [0, 1) in equal steps, in random order: float64 [count], one in each of `count` equal strata.
+
+    phase in [0, 1): where in its stratum each of them lies (None: drawn).
+    """
+    at = torch.rand((), dtype=torch.float64, generator=generator) if phase is None else phase
+    return (torch.randperm(count, generator=generator).double() + at) / max(count, 1)
 
 
 def complement(block: Tensor, draw: Corruption) -> Corruption:

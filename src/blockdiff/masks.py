@@ -37,15 +37,16 @@ class Annealing:
     """Attention on its way from causal to bidirectional (DiffuLLaMA, arXiv 2410.17891), inside noisy blocks.
 
     A noisy query sees every earlier noisy token of its block, and each later one with probability `share`, drawn anew
-    for every pair of tokens and every `seed`. Only what is masked anyway is hidden, so nothing leaks.
+    for every pair of tokens of a document; `keys` int64 [documents] tell one draw from another. Only what is masked
+    anyway is hidden, so nothing leaks.
     """
 
     share: float
-    seed: int
+    keys: Tensor
 
     def keeps(self, query: TokenMap, key: TokenMap) -> Tensor:
         """Which pairs of a block stay visible to each other, elementwise."""
-        drawn = uniform(self.seed, query.doc, query.position, key.position) < self.share
+        drawn = uniform(self.keys[query.doc.clamp(min=0)], query.position, key.position) < self.share
         return drawn | (key.position <= query.position)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -241,6 +241,11 @@ class BlockDiffusionModel(nn.Module):
         frozen = self.adapter is not None and self.adapter.frozen
         if apart or frozen:
             noisy = int(tokens.noisy[0].sum())
+            learning = self.training or torch.is_grad_enabled()  # training also tries candidates, without gradients
+            if noisy == 0 and past is None and target is not None and learning:
+                # blocks of one token: every process runs the same layers all the same, every weight gets a gradient
+                ids, tokens, read = _with_idle_slot(ids, tokens, read, self.spec.mask_id or 0)
+                noisy = 1
             if noisy == 0 and frozen:
                 return self._clean_pass(ids, tokens, read, target, past, keep)
             if 0 < noisy < ids.shape[1]:
@@ -391,6 +396,17 @@ class BlockDiffusionModel(nn.Module):
         return (1 - weight.sum(-1, keepdim=True)).to(output.dtype) * output + (
             weight[..., None].to(output.dtype) * embedding(ids)
         ).sum(-2)
+
+
+def _with_idle_slot(
+    ids: Tensor, tokens: TokenMap, read: Tensor | None, mask_id: int
+) -> tuple[Tensor, TokenMap, Tensor]:
+    """The pass with a noisy slot of padding before each row, which nobody reads."""
+    read = torch.arange(ids.numel(), device=ids.device) if read is None else read
+    first = tokens[:, :1].as_noisy()
+    idle = replace(first, doc=torch.full_like(first.doc, -1))
+    ids_with = torch.cat([torch.full_like(ids[:, :1], mask_id), ids], 1)
+    return ids_with, TokenMap.cat(idle, tokens), read + read // ids.shape[1] + 1
 
 
 def _kind(backbone: PreTrainedModel) -> str:

@@ -33,7 +33,7 @@ import torch
 from torch import Generator, Tensor
 
 from blockdiff.distributions import FORBID_EXTRA
-from blockdiff.masking import Corruption, binomial, clipped, independent, last_revealed, levels, number_of, stratified
+from blockdiff.masking import Corruption, binomial, clipped, independent, last_revealed, levels, number_of, systematic
 
 
 class Noise(ABC):
@@ -64,13 +64,14 @@ class Noise(ABC):
         """Probability that k of a block's n maskable tokens are masked, k = 0..n: float64 [n + 1], sum 1."""
 
     def draw(self, block: Tensor, generator: Generator) -> Corruption:
-        """One draw, noise levels stratified over all blocks of the batch and shuffled among them."""
-        return self.draws(block, generator, 1)[0]
+        """One draw, noise levels spread evenly over the blocks and shuffled among them."""
+        u_token = torch.rand(1, len(block), dtype=torch.float64, generator=generator).to(block.device)
+        return self.draws(block, systematic(number_of(block), generator).to(block.device), u_token)[0]
 
-    def draws(self, block: Tensor, generator: Generator, count: int) -> list[Corruption]:
-        """Several draws of the same blocks; a noise level moves by 1/count from one to the next (antithetic)."""
-        u_token = torch.rand(count, len(block), dtype=torch.float64, generator=generator).to(block.device)
-        u_block = stratified(number_of(block), generator).to(block.device)
+    def draws(self, block: Tensor, u_block: Tensor, u_token: Tensor) -> list[Corruption]:
+        """A draw for each row of u_token [draws, N]; a noise level moves by 1/draws from one to the next
+        (antithetic). block and u_block as in `corrupt`."""
+        count = len(u_token)
         return [self.corrupt(block, (u_block + i / count) % 1.0, u_token[i]) for i in range(count)]
 
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from blockdiff.ablations import noisy_prefix, visible_suffix, with_suffix
 from blockdiff.curriculum import Growth
 from blockdiff.distributions import LayoutDistribution
+from blockdiff.draws import Draws
 from blockdiff.layout import Spans, TokenMap
 from blockdiff.masking import Corruption, complement
 from blockdiff.masks import Annealing
@@ -69,34 +70,37 @@ class Objective:
         batch: dict[str, Tensor],
         alignment: Alignment,
         mask_id: int,
-        generator: Generator,
+        seed: int,
         observe: Observe | None = None,
     ) -> Terms:
         """Draw a layout and noise for a batch (`data.collate`'s) and score it, in one pass (or `apart`).
 
+        What is drawn for a row is a function of `seed` and of its number in batch["row"] [B] (absent: 0..B-1).
         `observe(corruption, losses, block)` receives the losses of a draw's masked tokens, and every token's block.
         """
         ids, doc, prompt = batch["input_ids"], batch["doc"], batch["prompt"]
+        draws = Draws.of(seed, batch.get("row", torch.arange(len(ids))))
         spans = Spans.of(doc, prompt)
-        tokens = TokenMap.build(doc, prompt, spans.place(self.layout.draw(spans.lengths, generator)))
+        tokens = TokenMap.build(doc, prompt, spans.place(draws.starts(self.layout, spans).to(doc.device)))
         documents = int(doc.max()) + 1
         denoised, blocks = tokens, torch.ones((), device=doc.device)
         noisy_ids, clean_ids, annealing = ids, ids, None
         if self.active == "one":
-            denoised, blocks = one_active(tokens, torch.rand(documents, generator=generator))
+            denoised, blocks = one_active(tokens, draws.documents(doc))
         if self.suffix_visible is not None:
             denoised, suffix = with_suffix(tokens, denoised)
-            noisy_ids = visible_suffix(ids, suffix, self.suffix_visible, mask_id, generator)
+            noisy_ids = visible_suffix(ids, suffix, self.suffix_visible, mask_id, draws.tokens(doc).to(ids.device))
         if self.prefix_noise > 0:
-            clean_ids = noisy_prefix(ids, tokens, self.prefix_noise, mask_id, generator)
+            clean_ids = noisy_prefix(ids, tokens, self.prefix_noise, mask_id, draws.tokens(doc).to(ids.device))
         if self.bidirectional is not None:
-            annealing = Annealing(self.bidirectional, int(torch.randint(2**31, (1,), generator=generator)))
-        block = block_numbers(denoised, maskable(denoised, alignment))
-        draws = self._noise(block, generator)
+            annealing = Annealing(self.bidirectional, (draws.documents(doc) * 2**53).long().to(doc.device))
+        can = maskable(denoised, alignment)
+        block = block_numbers(denoised, can)
+        corruptions = self._noise(block, can.nonzero()[:, 0], draws)
         stream = two_streams(
             ids,
             denoised,
-            draws,
+            corruptions,
             alignment,
             mask_id,
             weighting=self.weighting,
@@ -114,18 +118,19 @@ class Objective:
         )
         if observe is not None:
             at = 0
-            for draw in draws:
+            for draw in corruptions:
                 count = int(draw.masked.sum())
                 observe(draw, losses[at : at + count], block)
                 at += count
         terms = score(losses, reads, tokens, documents)
         return replace(terms, blocks=terms.blocks * blocks, ar=terms.ar * blocks)
 
-    def _noise(self, block: Tensor, generator: Generator) -> list[Corruption]:
-        if self.complementary:
-            first = self.noise.draw(block, generator)
-            return [first, complement(block, first)]
-        return self.noise.draws(block, generator, self.draws)
+    def _noise(self, block: Tensor, row: Tensor, draws: Draws) -> list[Corruption]:
+        u_block, u_token = (
+            u.to(block.device) for u in draws.noise(block, row, 1 if self.complementary else self.draws)
+        )
+        found = self.noise.draws(block, u_block, u_token)
+        return [found[0], complement(block, found[0])] if self.complementary else found
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from blockdiff.api import Model
+from blockdiff.diffusion_gemma import DiffusionGemma
 from blockdiff.engine import Output
 from blockdiff.engine.request import Step
 from blockdiff.engine.stream import pieces
@@ -25,7 +26,7 @@ class Recorder:
     def __call__(self, step: Step) -> None:
         self.steps.append(step)
 
-    def trace(self, model: Model, number: int, prompt: str, output: Output) -> dict[str, Any]:
+    def trace(self, model: Model | DiffusionGemma, number: int, prompt: str, output: Output) -> dict[str, Any]:
         """Request `number` as JSON: its tokens with block and step, its frames, and how many forwards it took."""
         assert model.tokenizer is not None
         ids = tuple(model.encode(prompt))
@@ -45,7 +46,7 @@ class Recorder:
         return {"prompt": prompt, "tokens": tokens, "frames": frames, **counts}
 
 
-def _text(model: Model, output: Output, texts: list[str], place: int, token: int | None) -> str | None:
+def _text(model: Model | DiffusionGemma, output: Output, texts: list[str], place: int, token: int | None) -> str | None:
     """A token's text: the final text's where it stayed, so that pieces of characters and spaces are right."""
     if token is None:
         return None

@@ -3,8 +3,9 @@
 Only what block diffusion changes is overridden: the loss, the evaluation (a bound, not a loss), and how checkpoints are
 written (whole or not at all) and read. Devices, precision, accumulation, schedules and optimizers are the Trainer's.
 
-Noise and layouts are functions of (seed, optimizer step, pass), never of a generator's history, so a resumed run draws
-what the uninterrupted one would have drawn.
+Rows, layouts and noise are functions of the seed and of a row's place in the training stream, never of a generator's
+history, of processes or of passes: a resumed run, on however many processes, draws what the uninterrupted one would
+have drawn. (Dropout alone is torch's own.)
 """
 
 from __future__ import annotations
@@ -15,17 +16,22 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
 from safetensors import SafetensorError
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from blockdiff.curriculum import ShareSearch, adaptive
-from blockdiff.data import PackedRows, collate
+from blockdiff.data import PackedRows, TrainingStream, collate_numbered
 from blockdiff.distributions import AdaptiveMixture
 from blockdiff.files import sync_tree
 from blockdiff.masking import Corruption
@@ -35,14 +41,14 @@ from blockdiff.objectives import Terms
 from blockdiff.passes import Objective, Schedule
 from blockdiff.rng import uniform
 
-_DRAW, _SCHEDULE = 5, 6  # purposes of random numbers
+_SCHEDULE = 6  # purpose of random numbers
 _CURRICULUM_FILE = "curriculum.json"
 
 Validate = Callable[[BlockDiffusionModel], dict[str, float]]
 
 
 class BlockDiffusionTrainer(Trainer):
-    """Train a `BlockDiffusionModel` on packed rows.
+    """Train a `BlockDiffusionModel` on packed rows, `args.max_steps` steps of as many rows as `args` say.
 
     `schedule` changes the objective on the way; `search_rows` (default: the training rows) are what a search for noise
     or for the shares of layouts tries its candidates on. `validate` returns the metrics of an evaluation. Checkpoints
@@ -61,11 +67,12 @@ class BlockDiffusionTrainer(Trainer):
         validate: Validate | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
+        self.step_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         super().__init__(
             model=model,
             args=args,
-            data_collator=collate,
-            train_dataset=rows,
+            data_collator=collate_numbered,
+            train_dataset=TrainingStream(rows, args.seed, args.max_steps * self.step_rows),
             eval_dataset=PackedRows([]),  # the Trainer wants one to evaluate at all; `evaluate` asks `validate`
             callbacks=callbacks,
         )
@@ -77,7 +84,7 @@ class BlockDiffusionTrainer(Trainer):
         self.search_rows = search_rows or rows
         self.validate = validate
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole optimizer step
-        self._pass = (-1, 0)
+        self._step, self._steps_noted = -1, 0
         self._sums: dict[str, Tensor] = {}
         self._staging: str | None = None
 
@@ -89,14 +96,13 @@ class BlockDiffusionTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The weighted bound and the AR term over the scored tokens of all passes and devices of this step."""
-        spec = self._bare().spec
-        generator = self._generator()
-        objective = self._objective(new_step=self._pass[1] == 0)
+        spec = self.bridge.spec
+        objective = self._objective()
         observe = self.adaptive.observe if self.adaptive is not None else None
-        terms = objective.terms(model, inputs, spec.alignment, spec.mask_id or 0, generator, observe)
-        self._note(terms)
+        terms = objective.terms(model, inputs, spec.alignment, spec.mask_id or 0, self.args.seed, observe)
         total = terms.tokens.sum() if num_items_in_batch is None else num_items_in_batch
         loss = terms.loss(total, objective.ar_weight)
+        self._note(terms, loss)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over devices afterwards
         return (loss, terms) if return_outputs else loss
@@ -105,7 +111,7 @@ class BlockDiffusionTrainer(Trainer):
         """The bound on the validation documents, as `validate` measures it."""
         if self.validate is None:
             return {}
-        metrics = {f"eval_{name}": value for name, value in self.validate(self._bare()).items()}
+        metrics = {f"eval_{name}": value for name, value in self.validate(self.bridge).items()}
         self.log(dict(metrics))
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -120,14 +126,36 @@ class BlockDiffusionTrainer(Trainer):
                 )
         super().log(logs, start_time)
 
-    def _bare(self) -> BlockDiffusionModel:
+    @property
+    def bridge(self) -> BlockDiffusionModel:
+        """The model, without what wraps it for training."""
         model = self.accelerator.unwrap_model(self.model)
         assert isinstance(model, BlockDiffusionModel)
         return model
 
-    def _objective(self, *, new_step: bool) -> Objective:
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        state: Any = self.accelerator.state
+        if self.args.fsdp_plugin_args is not None and state.distributed_type == DistributedType.MULTI_CPU:
+            # accelerate shards over accelerators alone; torch does it over CPUs just so
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled and state.mixed_precision == "bf16":
+            # accelerate's own would round the losses and the sums of gradients to bfloat16
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            state.fsdp_plugin.mixed_precision_policy = policy
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return SequentialSampler(self.train_dataset)  # the stream has its order already
+
+    def _objective(self) -> Objective:
         """The objective of this step, with what was learned about the layouts and the noise so far."""
         step = self.state.global_step
+        new_step, self._step = step != self._step, step
+        self._steps_noted += new_step
+        if self.adaptive is not None and new_step:
+            self.adaptive.settle(self._total)
         u = float(uniform(self.args.seed, step, _SCHEDULE))
         now = self.schedule.at(self.objective, step / max(self.state.max_steps, 1), u)
         if self.shares is not None:
@@ -144,25 +172,27 @@ class BlockDiffusionTrainer(Trainer):
     @torch.no_grad()
     def _held_out(self, objective: Objective) -> float:
         """Nats per token of some held-out batches, the same ones with the same draws for every objective."""
-        bridge = self._bare()
+        bridge = self.bridge
         assert self.shares is not None
         total = tokens = 0.0
-        for number, batch in enumerate(self._search_batches(self.shares.settings.batches)):
-            generator = Generator().manual_seed(number)
-            terms = objective.terms(bridge, batch, bridge.spec.alignment, bridge.spec.mask_id or 0, generator)
+        for batch in self._search_batches(self.shares.settings.batches):
+            terms = objective.terms(bridge, batch, bridge.spec.alignment, bridge.spec.mask_id or 0, 0)
             total, tokens = total + float(terms.blocks.sum()), tokens + float(terms.tokens.sum())
+        total, tokens = self._total(torch.tensor([total, tokens], dtype=torch.float64)).tolist()
         return total / tokens
 
     def _search_batches(self, count: int) -> Iterator[dict[str, Tensor]]:
+        """This process's part of `count` steps' rows, always the same ones, each with its number."""
         rows = self.args.per_device_train_batch_size
-        for number in range(count):
-            chosen = [self.search_rows[(number * rows + i) % len(self.search_rows)] for i in range(rows)]
-            yield {name: tensor.to(self._bare().device) for name, tensor in collate(chosen).items()}
+        for first in range(self.args.process_index * rows, count * self.step_rows, self.args.world_size * rows):
+            numbers = range(first, first + rows)
+            batch = collate_numbered([(n, self.search_rows[n % len(self.search_rows)]) for n in numbers])
+            yield {name: tensor.to(self.bridge.device) for name, tensor in batch.items()}
 
     @torch.no_grad()
     def _block_losses(self, objective: Objective) -> tuple[Tensor, Tensor]:
         """Number of maskable tokens and weighted mean loss of every block of some held-out batches."""
-        bridge = self._bare()
+        bridge = self.bridge
         sizes, losses = [], []
 
         def keep(draw: Corruption, loss: Tensor, block: Tensor) -> None:
@@ -172,29 +202,29 @@ class BlockDiffusionTrainer(Trainer):
             sizes.append(size.cpu())
             losses.append((total / size).cpu())
 
-        for number, batch in enumerate(self._search_batches(getattr(self.objective.noise, "batches", 1))):
-            generator = Generator().manual_seed(number)  # the same draws for every candidate
-            objective.terms(bridge, batch, bridge.spec.alignment, bridge.spec.mask_id or 0, generator, keep)
-        return torch.cat(sizes), torch.cat(losses)
+        for batch in self._search_batches(getattr(self.objective.noise, "batches", 1)):
+            # seed 0: the same draws for every candidate
+            objective.terms(bridge, batch, bridge.spec.alignment, bridge.spec.mask_id or 0, 0, keep)
+        return torch.cat(gather_object(sizes)), torch.cat(gather_object(losses))
 
-    def _generator(self) -> Generator:
-        """A generator for this pass of this step on this device."""
-        step, number = self._pass
-        self._pass = (step, number + 1) if step == self.state.global_step else (self.state.global_step, 0)
-        key = uniform(self.args.seed, *self._pass, self.args.process_index, _DRAW)
-        return Generator().manual_seed(int(key * 2**53))
+    def _total(self, values: Tensor) -> Tensor:
+        """Sums over all processes."""
+        summed: Tensor = self.accelerator.reduce(values.to(self.args.device), "sum")
+        return summed.cpu()
 
-    def _note(self, terms: Terms) -> None:
-        for name in ("blocks", "tokens", "ar", "ar_tokens"):
-            value = getattr(terms, name).detach().sum().double()
+    def _note(self, terms: Terms, loss: Tensor) -> None:
+        noted = {name: getattr(terms, name) for name in ("blocks", "tokens", "ar", "ar_tokens")} | {"loss": loss}
+        for name, value in noted.items():
+            value = value.detach().sum().double()
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
 
     def _means(self) -> dict[str, float]:
-        summed = {name: self.accelerator.reduce(value, "sum") for name, value in self._sums.items()}
-        sums, self._sums = {name: float(value) for name, value in summed.items()}, {}
-        means = {}
+        """Over the steps since the last call and all processes, in float64 (the Trainer's own sum is float32)."""
+        sums = dict(zip(self._sums, self._total(torch.stack(list(self._sums.values()))).tolist(), strict=True))
+        means = {"loss": sums["loss"] / self._steps_noted}
+        self._sums, self._steps_noted = {}, 0
         if sums.get("tokens"):
-            name = "bound" if self.objective.is_bound(self._bare().spec.alignment) else "block_loss"
+            name = "bound" if self.objective.is_bound(self.bridge.spec.alignment) else "block_loss"
             means[name] = sums["blocks"] / sums["tokens"]
         if sums.get("ar_tokens"):
             means["ar"] = sums["ar"] / sums["ar_tokens"]
@@ -218,21 +248,28 @@ class BlockDiffusionTrainer(Trainer):
             if main:
                 shutil.rmtree(staging, ignore_errors=True)
                 staging.mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
+            self._meet()
             self._staging = str(staging)
+            if self.adaptive is not None:
+                self.adaptive.settle(self._total)
             super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
+            learned = {what: part.state() for what, part in self._learned().items()}
+            if learned and main:
+                (staging / name / _CURRICULUM_FILE).write_text(json.dumps(learned))
+            self._meet()
             if main:
                 sync_tree(staging)
                 shutil.rmtree(home / name, ignore_errors=True)
                 (staging / name).rename(home / name)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
             kept = last_checkpoint(home)
             where = (
-                f"the last whole checkpoint is {kept}; make room and go on with --resume" if kept else "none is whole"
+                f"the last whole checkpoint is {kept}; make room if the disk is full, and go on with --resume"
+                if kept
+                else "none is whole; make room if the disk is full, and begin again"
             )
             raise OSError(
-                f"could not write the checkpoint of step {self.state.global_step} in {home}: {error}; {where}"
+                f"could not write the checkpoint of step {self.state.global_step} in {home}: {_cause(error)}; {where}"
             ) from error
         finally:
             self._staging = None
@@ -243,20 +280,35 @@ class BlockDiffusionTrainer(Trainer):
                 shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
+    def _meet(self) -> None:
+        try:
+            self.accelerator.wait_for_everyone()
+        except RuntimeError as error:  # of the connection that broke off
+            raise OSError("another process stopped") from error
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:  # the Trainer asks every process
+            return
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        bridge = self._bare()
+        bridge = self.bridge
         bridge.save_into(directory)
         if bridge.adapter is not None and self._staging is not None:
             bridge.adapter.save(directory, bridge.backbone)
-        learned = {name: part.state() for name, part in self._learned().items()}
-        if learned and self._staging is not None:
-            (directory / _CURRICULUM_FILE).write_text(json.dumps(learned))
+
+    def gathered(self) -> dict[str, Tensor] | None:
+        """The weights of a model that is sharded over the processes, on the main one (empty elsewhere); None for one
+        that is not. All processes take part."""
+        if not self.is_fsdp_enabled:
+            return None
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return cast(dict[str, Tensor], get_model_state_dict(self.model, options=whole))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        bridge = self._bare()
-        if bridge.adapter is not None:  # everything else is as `build_model` made it
+        bridge = self.bridge
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif bridge.adapter is not None:  # everything else is as `build_model` made it
             bridge.adapter.load(Path(resume_from_checkpoint), bridge.backbone)
         else:
             kind, dtype = type(bridge.backbone), bridge.backbone.dtype
@@ -269,6 +321,12 @@ class BlockDiffusionTrainer(Trainer):
         """What this training learns beside the weights."""
         parts = {"noise": self.adaptive, "layout": self.shares}
         return {name: part for name, part in parts.items() if part is not None}
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error itself, or, of one that sharded writing wraps together with its tracebacks, the first process's."""
+    failures = error.failures if isinstance(error, CheckpointException) else {}
+    return failures[min(failures)][0] if failures else error
 
 
 def checkpoints(directory: Path) -> list[Path]:

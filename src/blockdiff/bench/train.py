@@ -99,7 +99,7 @@ class Trained:
             return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
         mask_id = self.vocabulary - 1
         model = self.bridge or textbook(self.network, "context_causal", mask_id)
-        terms = self.objective.terms(model, self.batch, Alignment(), mask_id, Generator().manual_seed(seed))
+        terms = self.objective.terms(model, self.batch, Alignment(), mask_id, seed)
         return terms.loss(terms.tokens.sum(), 0.0)
 
     def products(self) -> list[tuple[int, nn.Linear]]:

@@ -9,6 +9,7 @@ give what the code gives, and off the CPU, the code runs as it is.
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 from collections.abc import Iterator
@@ -181,12 +182,23 @@ def _laid_out(model: BlockDiffusionModel, copies: dict[int, nn.Parameter] | None
             module._parameters["weight"] = weight
 
 
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Tracing asks modules for all that they have, and transformers warns of a loss that nobody computes."""
+    log = logging.getLogger("transformers.modeling_utils")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
 @torch.inference_mode()
 def _recorded(model: BlockDiffusionModel, streams: Streams, copies: dict[int, nn.Parameter] | None) -> Any:
     """The record of a model's pass; None where there can be none."""
     examples = [_example(model, streams, count) for count in (5, 3, 1 if streams != "both" else 2)]
     try:
-        with warnings.catch_warnings(), _laid_out(model, copies):
+        with warnings.catch_warnings(), _unheard(), _laid_out(model, copies):
             warnings.simplefilter("ignore")  # of deprecated names
             warnings.simplefilter("error", torch.jit._trace.TracerWarning)
             _current.seen = examples[0][0]

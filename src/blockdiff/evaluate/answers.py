@@ -10,14 +10,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from statistics import fmean
 from typing import Any
 
 from blockdiff.arithmetic import exact_match, final_number
-from blockdiff.engine import Output, Request, generate
+from blockdiff.diffusion_gemma import DiffusionGemma
+from blockdiff.engine import Output, Request
 from blockdiff.evaluate.questions import CodeProblem, Question, Task
 from blockdiff.evaluate.sandbox import Ran, run_programs
+from blockdiff.evaluate.writing import write
 from blockdiff.model import BlockDiffusionModel
+from blockdiff.shards import ALONE, Split
 from blockdiff.statistics import interval_of_share, pass_at_k
 
 _STRIDE = 1_000_003  # between the seeds of a question's samples: more than there are questions
@@ -102,21 +106,23 @@ class Answer:
 
 
 def answer_task(
-    model: BlockDiffusionModel,
+    model: BlockDiffusionModel | DiffusionGemma,
     task: Task,
     form: Request,
     asking: Asking = Asking(),
     on_progress: Callable[[float], None] | None = None,
+    split: Split = ALONE,
 ) -> tuple[AnswerRow, list[Answer]]:
     """Decode the questions as `form` says (block size, policy, sampling, token limit, stops) and score the texts.
 
     The form's own prompt is not used; question number i draws its first text with the form's seed + i, so the batch
-    does not matter. Prompts are encoded as training encodes them. Raises ValueError for a prompt that the model cannot
+    does not matter; the processes of a split share the batches, and the programs that they wrote, and all get the whole
+    result. Prompts are encoded as training encodes them. Raises ValueError for a prompt that the model cannot
     read, and what `check_asking` refuses.
     """
     check_asking(task, asking, form.sampling.temperature)
-    outputs, seconds = _decode(model, task, form, asking, on_progress)
-    answers = _judged(task, outputs, asking)
+    outputs, seconds = _decode(model, task, form, asking, split, on_progress)
+    answers = _judged(task, outputs, asking, split)
     row = AnswerRow(
         task=task.name,
         kind=task.kind.name,
@@ -141,13 +147,14 @@ def check_asking(task: Task, asking: Asking, temperature: float) -> None:
 
 
 def _decode(
-    model: BlockDiffusionModel,
+    model: BlockDiffusionModel | DiffusionGemma,
     task: Task,
     form: Request,
     asking: Asking,
+    split: Split,
     on_progress: Callable[[float], None] | None,
 ) -> tuple[list[Output], float]:
-    """All texts of question 0, of question 1, ...; and the seconds they took."""
+    """All texts of question 0, of question 1, ...; and the seconds they took, of all processes together."""
     assert model.tokenizer is not None
     form = replace(form, end_ids=model.end_ids, stop=(*form.stop, *task.kind.stop))
     requests = []
@@ -155,25 +162,32 @@ def _decode(
         prompt = tuple(model.tokenizer(asked, verbose=False)["input_ids"])
         seeds = [form.seed + number + sample * _STRIDE for sample in range(asking.samples)]
         requests += [replace(form, prompt=prompt, seed=seed) for seed in seeds]
-    outputs: list[Output] = []
-    seconds = 0.0
-    for start in range(0, len(requests), asking.batch):
-        part = generate(model, requests[start : start + asking.batch])
-        seconds += part[0].seconds  # every output of a call carries the whole call's time
-        outputs += part
+    starts = range(0, len(requests), asking.batch)
+
+    def decode(number: int) -> list[Output]:
+        found = write(model, requests[starts[number] : starts[number] + asking.batch], asking.batch)
         if on_progress is not None:
-            on_progress(len(outputs) / len(requests))
-    return outputs, seconds
+            on_progress((number + 1) / len(starts))
+        return found
+
+    parts = split.map(decode, len(starts))
+    # every output of a call carries the whole call's time
+    return [output for part in parts for output in part], sum(part[0].seconds for part in parts)
 
 
-def _judged(task: Task, outputs: Sequence[Output], asking: Asking) -> list[Answer]:
+def _judged(task: Task, outputs: Sequence[Output], asking: Asking, split: Split) -> list[Answer]:
     """The texts, in order, each with whether it is right."""
     places = [(question, sample) for question in range(len(task.questions)) for sample in range(asking.samples)]
     questions = [task.questions[question] for question, _ in places]
-    programs = {
+    texts = [
         one.program(output.text) for one, output in zip(questions, outputs, strict=True) if isinstance(one, CodeProblem)
-    }
-    ran = dict(zip(programs, run_programs(list(programs)), strict=True))
+    ]
+    programs = list(dict.fromkeys(texts))
+    starts = range(0, len(programs), asking.batch)
+    parts = split.map(
+        lambda number: run_programs(programs[starts[number] : starts[number] + asking.batch]), len(starts)
+    )
+    ran = dict(zip(programs, chain.from_iterable(parts), strict=True))
     answers = []
     for place, one, output in zip(places, questions, outputs, strict=True):
         if isinstance(one, Question):

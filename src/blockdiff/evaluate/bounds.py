@@ -29,6 +29,7 @@ from blockdiff.data import Document
 from blockdiff.evaluate.scoring import Estimator, TokenScores, score_tokens
 from blockdiff.evaluate.windows import room, window_length, windows
 from blockdiff.model import BlockDiffusionModel
+from blockdiff.shards import ALONE, Split
 from blockdiff.statistics import t_quantile
 
 MAX_EXACT = 10
@@ -84,6 +85,7 @@ def bound(
     left_bias: float = 0.0,
     seed: int = 0,
     batch_tokens: int | None = None,
+    split: Split = ALONE,
     on_progress: Callable[[float], None] | None = None,
 ) -> list[BoundRow]:
     """Bounds of the documents at every block size and offset.
@@ -91,8 +93,8 @@ def bound(
     An offset o shortens the first block to o tokens; a block size is measured at the offsets below it. exact enumerates
     the mask sets of small blocks, orders draws so many chains instead of `draws` exact counts. left_bias is that of the
     reveal order (`noise.ExactCount`): each value is the bound of its own sampler. batch_tokens bounds the two-stream
-    tokens of a pass (default: 8192, fewer for a large vocabulary). Raises ValueError for a block size or an offset that
-    the documents or the model cannot have.
+    tokens of a pass (default: 8192, fewer for a large vocabulary). split: the processes that share the passes and all
+    get the rows. Raises ValueError for a block size or an offset that the documents or the model cannot have.
     """
     check_bound(model, documents, block_sizes, offsets, draws, exact, orders)
     plan = [(size, offset) for size in block_sizes for offset in offsets if offset == 0 or offset < size]
@@ -106,7 +108,7 @@ def bound(
                 on_progress((done + part) / len(plan))
 
         pieces = list(windows(documents, size, offset, window_length(model)))
-        scores = score_tokens(model, pieces, size, estimator, batch_tokens or room(model), report)
+        scores = score_tokens(model, pieces, size, estimator, batch_tokens or room(model), report, split)
         clusters = scores.clusters()
         sums, counts = scores.by(clusters, int(clusters.max()) + 1)
         first = first or (sums, counts)
@@ -128,11 +130,15 @@ def document_nats(model: BlockDiffusionModel, documents: Sequence[Document], siz
 
 
 def document_values(
-    model: BlockDiffusionModel, documents: Sequence[Document], size: int, estimator: Estimator
+    model: BlockDiffusionModel,
+    documents: Sequence[Document],
+    size: int,
+    estimator: Estimator,
+    split: Split = ALONE,
 ) -> tuple[Tensor, str]:
     """The sharpest value of each document in nats, float64 [documents], and its name: the exact NLL (`exact`, and where
     nothing is random), the tightened bound (`orders`), or the bound."""
-    scores = _scored(model, documents, size, estimator)
+    scores = _scored(model, documents, size, estimator, split)
     values, name = scores.nats.mean(0), "bound"
     if not scores.drawn:
         exact = scores.exact_nll()
@@ -142,9 +148,15 @@ def document_values(
     return torch.zeros(len(documents), dtype=torch.float64).index_add_(0, scores.document, values), name
 
 
-def _scored(model: BlockDiffusionModel, documents: Sequence[Document], size: int, estimator: Estimator) -> TokenScores:
+def _scored(
+    model: BlockDiffusionModel,
+    documents: Sequence[Document],
+    size: int,
+    estimator: Estimator,
+    split: Split = ALONE,
+) -> TokenScores:
     pieces = list(windows(documents, size, 0, window_length(model)))
-    return score_tokens(model, pieces, size, estimator, room(model))
+    return score_tokens(model, pieces, size, estimator, room(model), split=split)
 
 
 def document_nll(model: BlockDiffusionModel, documents: Sequence[Document]) -> list[float]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from blockdiff.data import Document
 from blockdiff.evaluate.bounds import check_bound, document_values, estimator_of, scored_bytes
 from blockdiff.model import BlockDiffusionModel
+from blockdiff.shards import ALONE, Split
 
 RESAMPLES = 1000
 
@@ -57,12 +58,13 @@ def compare(
     orders: int = 0,
     left_bias: float = 0.0,
     seed: int = 0,
+    split: Split = ALONE,
     on_progress: Callable[[float], None] | None = None,
 ) -> list[Comparison]:
     """Compare bounds at every block size; an autoregressive `other` is always at block size 1.
 
     documents and other_documents are the same texts, as each model's tokenizer cuts them. Raises ValueError where they
-    are not, and what `bound` raises.
+    are not, and what `bound` raises. split: as `bound`.
     """
     if len(documents) != len(other_documents):
         raise ValueError(
@@ -77,8 +79,8 @@ def compare(
         other_size = size if other.spec.is_diffusion else 1
         check_bound(other, other_documents, [other_size], draws=draws, exact=exact, orders=orders)
         estimator = estimator_of(draws, exact, orders, left_bias, seed)
-        nats, value = document_values(model, documents, size, estimator)
-        other_nats, other_value = document_values(other, other_documents, other_size, estimator)
+        nats, value = document_values(model, documents, size, estimator, split)
+        other_nats, other_value = document_values(other, other_documents, other_size, estimator, split)
         found = _compared(size, other_size, (nats, other_nats), documents, other_documents)
         rows.append(replace(found, value=value, other_value=other_value))
         if on_progress is not None:

@@ -19,11 +19,13 @@ import torch
 from blockdiff.data import Document
 from blockdiff.decode import Policy, Sampling, named
 from blockdiff.decode.counts import Fixed
-from blockdiff.engine import Output, Request, generate_batches
+from blockdiff.diffusion_gemma import DiffusionGemma, with_steps
+from blockdiff.engine import Output, Request
 from blockdiff.evaluate.diversity import distinct, repeated, self_bleu
 from blockdiff.evaluate.judge import Judged, judge_texts, tokenizer_of
 from blockdiff.evaluate.length import stretches
 from blockdiff.evaluate.plan import FrontierPlan
+from blockdiff.evaluate.writing import write
 from blockdiff.layout import TokenMap
 from blockdiff.masks import Visibility
 from blockdiff.model import BlockDiffusionModel
@@ -86,10 +88,13 @@ class Reference:
         return point | {"texts": len(self.texts)}
 
 
-def check_frontier(plan: FrontierPlan, label: str, model: BlockDiffusionModel) -> int:
+def check_frontier(plan: FrontierPlan, label: str, model: BlockDiffusionModel | DiffusionGemma) -> int:
     """The block size of a way; ValueError where the model cannot decode so."""
     way = plan.ways[label]
     size = way.size_over(plan.new_tokens)
+    if isinstance(model, DiffusionGemma):
+        _check_canvases(plan, label, model)
+        return size
     if size > 1 and not model.spec.is_diffusion:
         raise ValueError(f"ways.{label}: {way.model} is autoregressive; give block_size 1")
     if _length(plan) + size > model.context_length + 1:
@@ -98,6 +103,26 @@ def check_frontier(plan: FrontierPlan, label: str, model: BlockDiffusionModel) -
             f"{model.context_length}: lower new_tokens"
         )
     return size
+
+
+def _check_canvases(plan: FrontierPlan, label: str, model: DiffusionGemma) -> None:
+    way = plan.ways[label]
+    if way.block_size != model.canvas_length:
+        raise ValueError(f"ways.{label}: DiffusionGemma's canvas is its block; give block_size {model.canvas_length}")
+    try:
+        for temperature in plan.temperatures:
+            model.check(_form(plan, model, named(way.policy), temperature))
+    except ValueError as error:
+        raise ValueError(f"ways.{label}: {error}") from None
+    if plan.prompt_tokens + _canvases(plan, model) * model.canvas_length > model.context_length:
+        raise ValueError(
+            f"ways.{label}: {plan.prompt_tokens} tokens and {_canvases(plan, model)} canvases of {model.canvas_length} "
+            f"do not fit the model's context of {model.context_length}: lower new_tokens"
+        )
+
+
+def _canvases(plan: FrontierPlan, model: DiffusionGemma) -> int:
+    return -(-plan.new_tokens // model.canvas_length)
 
 
 def data_point(
@@ -116,7 +141,7 @@ def data_point(
 def measure_frontier(
     plan: FrontierPlan,
     label: str,
-    model: BlockDiffusionModel,
+    model: BlockDiffusionModel | DiffusionGemma,
     documents: Sequence[Document],
     judge: BlockDiffusionModel,
     reference: Reference,
@@ -124,9 +149,9 @@ def measure_frontier(
 ) -> tuple[list[FrontierRow], list[str]]:
     """Rows of one way at every budget that its blocks allow, and a sentence for each that they do not.
 
-    The policy fills as few positions a step as the budget allows, in place of its own count.
+    The policy fills as few positions a step as the budget allows, in place of its own count; DiffusionGemma's takes as
+    many steps at most for a canvas.
     """
-    way = plan.ways[label]
     size = check_frontier(plan, label, model)
     pieces, rows, skipped = _pieces(plan, documents), [], []
     if _continued(plan, model.tokenizer, pieces) != (reference.prompts, reference.texts):
@@ -136,12 +161,11 @@ def measure_frontier(
         )
     done, total = 0, len(plan.budgets) * len(plan.temperatures)
     for budget in plan.budgets:
-        per_step = plan.per_step(label, budget)
-        if not per_step:
+        policy = _within(plan, label, model, budget)
+        if policy is None:
             blocks = -(-plan.new_tokens // size)
             skipped.append(f"{label}: {blocks} blocks of {size} cannot take {budget} forwards")
             continue
-        policy = replace(named(way.policy), counts=(Fixed(per_step),))
         found = []
         for temperature in plan.temperatures:
             outputs = _write(plan, model, pieces, size, policy, temperature)
@@ -151,6 +175,16 @@ def measure_frontier(
         nearest = min(found, key=lambda row: abs(row.entropy - reference.entropy))
         rows += [replace(row, nearest_to_data=row is nearest) for row in found]
     return rows, skipped
+
+
+def _within(plan: FrontierPlan, label: str, model: BlockDiffusionModel | DiffusionGemma, budget: int) -> Policy | None:
+    """The policy of a way that keeps to a budget; None where its blocks cannot."""
+    policy = named(plan.ways[label].policy)
+    if isinstance(model, DiffusionGemma):
+        steps = budget // _canvases(plan, model)
+        return with_steps(policy, steps) if steps else None
+    per_step = plan.per_step(label, budget)
+    return replace(policy, counts=(Fixed(per_step),)) if per_step else None
 
 
 def _continued(plan: FrontierPlan, tokenizer: Any, pieces: Sequence[Document]) -> tuple[list[str], list[str]]:
@@ -179,25 +213,32 @@ def _pieces(plan: FrontierPlan, documents: Sequence[Document]) -> list[Document]
 
 def _write(
     plan: FrontierPlan,
-    model: BlockDiffusionModel,
+    model: BlockDiffusionModel | DiffusionGemma,
     pieces: Sequence[Document],
     size: int,
     policy: Policy,
     temperature: float,
 ) -> list[Output]:
+    form = _form(plan, model, policy, temperature)
+    if not isinstance(model, DiffusionGemma):
+        form = replace(form, block_size=size)
     requests = [
-        Request(
-            prompt=tuple(piece.ids[: plan.prompt_tokens].tolist()),
-            max_new_tokens=plan.new_tokens,
-            block_size=size,
-            policy=policy,
-            sampling=Sampling(temperature),
-            seed=plan.seed + number,
-            forbidden=(*model.control_ids, *model.end_ids),
-        )
+        replace(form, prompt=tuple(piece.ids[: plan.prompt_tokens].tolist()), seed=plan.seed + number)
         for number, piece in enumerate(pieces)
     ]
-    return generate_batches(model, requests, plan.batch)
+    return write(model, requests, plan.batch)
+
+
+def _form(
+    plan: FrontierPlan, model: BlockDiffusionModel | DiffusionGemma, policy: Policy, temperature: float
+) -> Request:
+    """How texts of one length are written, block size, prompt and seed apart: none ends before."""
+    sampling = Sampling(temperature)
+    if isinstance(model, DiffusionGemma):  # its sampler forbids nothing, so ends are written, and do not end the text
+        asked = model.request(max_new_tokens=plan.new_tokens, policy=policy, sampling=sampling)
+        return replace(asked, end_ids=())
+    forbidden = (*model.control_ids, *model.end_ids)
+    return Request((0,), max_new_tokens=plan.new_tokens, policy=policy, sampling=sampling, forbidden=forbidden)
 
 
 def _judged(
@@ -216,7 +257,7 @@ def _judged(
 def _row(
     plan: FrontierPlan,
     label: str,
-    model: BlockDiffusionModel,
+    model: BlockDiffusionModel | DiffusionGemma,
     outputs: Sequence[Output],
     judge: BlockDiffusionModel,
     reference: Reference,

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -30,6 +31,7 @@ from blockdiff.model import BlockDiffusionModel
 from blockdiff.noise import ExactCount
 from blockdiff.objectives import FIRST, block_numbers, maskable, two_streams
 from blockdiff.rng import uniform
+from blockdiff.shards import ALONE, Split
 
 _TOKEN, _BLOCK = 3, 4  # purposes of random numbers
 Kind = Literal["exact_count", "exact", "orders"]
@@ -95,18 +97,26 @@ def score_tokens(
     estimator: Estimator,
     batch_tokens: int,
     report: Callable[[float], None] = lambda done: None,
+    split: Split = ALONE,
 ) -> TokenScores:
-    """Score windows in blocks of `size`; batch_tokens bounds the two-stream tokens of a pass."""
+    """Score windows in blocks of `size`; batch_tokens bounds the two-stream tokens of a pass.
+
+    The processes of a split share the batches, which are the same for any number of them, and so is every loss.
+    """
     was_training = model.training
     model.eval()
     scoring = _Scoring(model, size, estimator)
-    total, seen = sum(len(piece.document) for piece in pieces), 0
-    for batch in batches(pieces, batch_tokens):
-        scoring.batch(batch)
-        seen += sum(len(piece.document) for piece in batch)
-        report(seen / total)
+    todo = list(batches(pieces, batch_tokens))
+    ends = list(accumulate(sum(len(piece.document) for piece in batch) for batch in todo))
+
+    def score(number: int) -> TokenScores:
+        found = scoring.batch(todo[number])
+        report(ends[number] / ends[-1])
+        return found
+
+    parts = split.map(score, len(todo))
     model.train(was_training)
-    return scoring.result()
+    return _joined(parts)
 
 
 @dataclass(frozen=True)
@@ -125,7 +135,6 @@ class _Scoring:
     model: BlockDiffusionModel
     size: int
     estimator: Estimator
-    _parts: list[TokenScores] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.alignment = self.model.spec.alignment_of(self.size)
@@ -134,7 +143,7 @@ class _Scoring:
         self.kind = "exact_count" if self.noiseless else self.estimator.kind
         self.rows = 1 if self.noiseless or self.kind == "exact" else self.estimator.draws
 
-    def batch(self, pieces: list[Window]) -> None:
+    def batch(self, pieces: list[Window]) -> TokenScores:
         data = collate([[piece.document] for piece in pieces])
         device = self.model.device
         ids, doc, prompt = (data[name].to(device) for name in ("input_ids", "doc", "prompt"))
@@ -161,7 +170,7 @@ class _Scoring:
             if exact is not None:
                 exact.note(one.corruption, losses[: int(one.corruption.masked.sum())])
             nats[one.row].index_add_(0, at[wanted], losses * reads.weight[wanted])
-        self._keep(nats, tokens, index, place, exact, can)
+        return self._kept(nats, tokens, index, place, exact, can)
 
     def _passes(self, block: Tensor, document: Tensor, position: Tensor) -> Iterator[_Pass]:
         """All passes over the maskable tokens [N] with their blocks, documents and positions."""
@@ -188,9 +197,9 @@ class _Scoring:
             u_block = (uniform(seed, document[first], position[first], _BLOCK) + row / self.rows) % 1.0
             yield _Pass(ExactCount(bias).corrupt(block, u_block, u_token), row, True)
 
-    def _keep(
+    def _kept(
         self, nats: Tensor, tokens: TokenMap, index: Tensor, place: Tensor, exact: RandomOrder | None, can: Tensor
-    ) -> None:
+    ) -> TokenScores:
         scored = tokens.scored
         block = block_numbers(tokens, scored)
         nll = None
@@ -200,36 +209,34 @@ class _Scoring:
             nll.index_add_(0, block[of_first], nats[0, scored.flatten()][of_first])
             nll[block[can[scored]].unique_consecutive()] += exact.nll()
         window = torch.arange(len(scored), device=block.device)[:, None].expand_as(scored)
-        self._parts.append(
-            TokenScores(
-                nats=nats[:, scored.flatten()].cpu(),
-                document=index[scored].cpu(),
-                position=place[scored].cpu(),
-                window=window[scored].cpu(),
-                block=block.cpu(),
-                drawn=self.kind != "exact" and not self.noiseless,
-                nll=None if nll is None else nll.cpu(),
-            )
+        return TokenScores(
+            nats=nats[:, scored.flatten()].cpu(),
+            document=index[scored].cpu(),
+            position=place[scored].cpu(),
+            window=window[scored].cpu(),
+            block=block.cpu(),
+            drawn=self.kind != "exact" and not self.noiseless,
+            nll=None if nll is None else nll.cpu(),
         )
 
-    def result(self) -> TokenScores:
-        """All batches, ordered by document and position."""
-        parts = self._parts
-        blocks = torch.tensor([0, *(int(part.block.max()) + 1 for part in parts)]).cumsum(0)
-        rows = torch.tensor([0, *(int(part.window.max()) + 1 for part in parts)]).cumsum(0)
-        document = torch.cat([part.document for part in parts])
-        position = torch.cat([part.position for part in parts])
-        order = torch.argsort(document * (int(position.max()) + 1) + position)
-        window = torch.cat([part.window + start for part, start in zip(parts, rows.tolist(), strict=False)])[order]
-        block = torch.cat([part.block + start for part, start in zip(parts, blocks.tolist(), strict=False)])[order]
-        nll = None if parts[0].nll is None else torch.cat([part.nll for part in parts if part.nll is not None])
-        kept, numbered = torch.unique_consecutive(block, return_inverse=True)
-        return replace(
-            parts[0],
-            nats=torch.cat([part.nats for part in parts], 1)[:, order],
-            document=document[order],
-            position=position[order],
-            window=torch.unique_consecutive(window, return_inverse=True)[1],
-            block=numbered,
-            nll=None if nll is None else nll[kept],
-        )
+
+def _joined(parts: Sequence[TokenScores]) -> TokenScores:
+    """All batches, ordered by document and position."""
+    blocks = torch.tensor([0, *(int(part.block.max()) + 1 for part in parts)]).cumsum(0)
+    rows = torch.tensor([0, *(int(part.window.max()) + 1 for part in parts)]).cumsum(0)
+    document = torch.cat([part.document for part in parts])
+    position = torch.cat([part.position for part in parts])
+    order = torch.argsort(document * (int(position.max()) + 1) + position)
+    window = torch.cat([part.window + start for part, start in zip(parts, rows.tolist(), strict=False)])[order]
+    block = torch.cat([part.block + start for part, start in zip(parts, blocks.tolist(), strict=False)])[order]
+    nll = None if parts[0].nll is None else torch.cat([part.nll for part in parts if part.nll is not None])
+    kept, numbered = torch.unique_consecutive(block, return_inverse=True)
+    return replace(
+        parts[0],
+        nats=torch.cat([part.nats for part in parts], 1)[:, order],
+        document=document[order],
+        position=position[order],
+        window=torch.unique_consecutive(window, return_inverse=True)[1],
+        block=numbered,
+        nll=None if nll is None else nll[kept],
+    )

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from blockdiff.data import Document, collate
 from blockdiff.model import BlockDiffusionModel
@@ -106,8 +106,8 @@ def _gradients(
         first = draw * rows_per_batch if vary == "both" else 0
         chosen = [rows[(first + i) % len(rows)] for i in range(rows_per_batch)]
         batch = {name: tensor.to(model.device) for name, tensor in collate(chosen).items()}
-        generator = Generator().manual_seed(int(uniform(seed, draw, _DRAW) * 2**53))
-        terms = objective.terms(model, batch, model.spec.alignment, model.spec.mask_id or 0, generator)
+        key = int(uniform(seed, draw, _DRAW) * 2**53)
+        terms = objective.terms(model, batch, model.spec.alignment, model.spec.mask_id or 0, key)
         loss = terms.loss(terms.tokens.sum(), objective.ar_weight)
         yield torch.autograd.grad(loss, parameters, allow_unused=True)
 
