@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,10 @@ LONG: dict[str, Any] = {  # many forwards, and so hot that the end token is as r
 
 
 @pytest.fixture(scope="module")
-def narrow(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with little room and little patience."""
-    limits = {"running": 2, "waiting": 2, "timeout": 1.5, "keep-alive": 0.2, "body-timeout": 1}
-    options = [word for name, value in limits.items() for word in (f"--{name}", str(value))]
-    with serving(trained / "checkpoint", tmp_path_factory.mktemp("narrow"), *options) as running:
+def hasty(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with little patience."""
+    options = ("--timeout", "3", "--keep-alive", "0.2", "--body-timeout", "1")
+    with serving(trained / "checkpoint", tmp_path_factory.mktemp("hasty"), *options) as running:
         yield running
 
 
@@ -45,7 +44,9 @@ class Stream:
         data = json.dumps({**body, "stream": True})
         self._connection.request("POST", "/v1/completions", data, {"Content-Type": "application/json"})
         self.answer = self._connection.getresponse()
-        assert self.answer.status == 200
+        if self.answer.status != 200:
+            self._connection.close()
+            raise AssertionError(self.answer.status)
 
     def line(self) -> bytes:
         return self.answer.readline()
@@ -72,6 +73,18 @@ def events_of(text: str) -> list[tuple[str, Any]]:
     return [event for block in text.split("\n\n") if (event := parsed(block)) is not None]
 
 
+def lets_nobody_in(server: Server, seconds: float = 10.0) -> bool:
+    """Whether new connections come to be refused in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", server.port), timeout=5).close()
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def headed(size: int) -> bytes:
     """The head of a request with a body of so many bytes."""
     lines = ("POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json")
@@ -90,8 +103,8 @@ def test_a_client_that_leaves_frees_its_text(server: Server):
             leave = connection.close
         assert server.settled("running", 1)
         leave()
-        assert server.settled("running", 0, seconds=2)
-        assert server.settled("pages_in_use", 0, seconds=2)
+        assert server.settled("running", 0)
+        assert server.settled("pages_in_use", 0)
         steps = server.metric("iterations")
         time.sleep(0.3)
         assert server.metric("iterations") == steps  # nothing is computed for nobody
@@ -175,11 +188,11 @@ def test_a_very_large_body_is_refused(server: Server):
     connection.close()
 
 
-def test_a_body_that_never_comes(narrow: Server):
+def test_a_body_that_never_comes(hasty: Server):
     """Only the length is told; the server waits for a while, and others are answered meanwhile."""
-    with socket.create_connection(("127.0.0.1", narrow.port), timeout=60) as slow:
+    with socket.create_connection(("127.0.0.1", hasty.port), timeout=60) as slow:
         slow.sendall(headed(50) + b"{")
-        assert narrow.text(PROMPT, max_tokens=4) is not None
+        assert hasty.text(PROMPT, max_tokens=4) is not None
         assert slow.recv(65536).startswith(b"HTTP/1.1 408")
 
 
@@ -228,31 +241,33 @@ def test_a_body_of_another_kind_says_so(server: Server):
     assert (status, "application/json" in answer["error"]["message"]) == (400, True)
 
 
-def test_too_many_texts_are_told_to_come_back(narrow: Server):
-    streams = [Stream(narrow, LONG) for _ in range(4)]
-    assert narrow.settled("running", 2)
-    status, answer, headers = narrow.post("/v1/completions", {"prompt": PROMPT})
-    assert (status, answer["error"]["code"]) == (429, "queue_full")
-    assert 1 <= int(headers["retry-after"]) <= 60
-    assert "x-should-retry" not in headers
-    assert narrow.metric("waiting") == 2
-    for stream in streams:
-        stream.leave()
-    assert narrow.settled("running", 0)
-    assert narrow.text(PROMPT, max_tokens=4) is not None
+def test_too_many_texts_are_told_to_come_back(trained: Path, tmp_path: Path):
+    with serving(trained / "checkpoint", tmp_path, "--running", "2", "--waiting", "2") as narrow:
+        with ExitStack() as streams:
+            for _ in range(4):
+                streams.enter_context(opened(narrow, LONG))
+            assert narrow.settled("running", 2)
+            assert narrow.settled("waiting", 2)
+            status, answer, headers = narrow.post("/v1/completions", {"prompt": PROMPT})
+            assert (status, answer["error"]["code"]) == (429, "queue_full")
+            assert 1 <= int(headers["retry-after"]) <= 60
+            assert "x-should-retry" not in headers
+        assert narrow.settled("running", 0)
+        assert narrow.text(PROMPT, max_tokens=4) is not None
 
 
-def test_a_request_that_takes_too_long_ends_with_what_it_has(narrow: Server):
-    body = {**LONG, "diffusion": {"block_size": 4, "policy": "random + reverse(steps=100)"}}
-    answer = narrow.complete(**body)
+def test_a_request_that_takes_too_long_ends_with_what_it_has(hasty: Server):
+    """Many short blocks: some are written in time on any machine, and all of them on none."""
+    body = {**LONG, "diffusion": {"block_size": 2, "policy": "random + reverse(steps=1000)"}}
+    answer = hasty.complete(**body)
     assert answer["choices"][0]["finish_reason"] == "length"
     assert 0 < answer["usage"]["completion_tokens"] < 120
-    assert "1.5 s" in answer["usage"]["diffusion"]["warnings"][-1]
-    assert narrow.settled("pages_in_use", 0)
+    assert "may take 3 s" in answer["usage"]["diffusion"]["warnings"][-1]
+    assert hasty.settled("pages_in_use", 0)
 
 
-def test_silent_streams_are_kept_alive(narrow: Server):
-    with opened(narrow, LONG) as stream:
+def test_silent_streams_are_kept_alive(hasty: Server):
+    with opened(hasty, LONG) as stream:
         text = stream.rest()
     assert [block for block in text.split("\n\n") if block.startswith(": keep-alive")]
     assert events_of(text)[-1] == ("", "[DONE]")
@@ -279,9 +294,7 @@ def test_a_stop_lets_running_requests_finish(trained: Path, tmp_path: Path):
             whole = pool.submit(server.text, **body)
             assert server.settled("running", 2)
             server.process.send_signal(signal.SIGTERM)
-            time.sleep(0.2)
-            with pytest.raises(OSError):  # nobody new is let in
-                socket.create_connection(("127.0.0.1", server.port), timeout=5)
+            assert lets_nobody_in(server)
             events = events_of(stream.rest())
             assert whole.result(60) == alone
         assert events[-1] == ("", "[DONE]")
@@ -299,7 +312,6 @@ def test_a_stop_returns_what_does_not_finish_in_time(trained: Path, tmp_path: Pa
     ):
         whole = pool.submit(server.complete, **body)
         assert server.settled("running", 2)
-        began = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         events = events_of(stream.rest())
         assert events[-1] == ("", "[DONE]")
@@ -308,7 +320,6 @@ def test_a_stop_returns_what_does_not_finish_in_time(trained: Path, tmp_path: Pa
             assert "the server stops" in usage["diffusion"]["warnings"][-1]
             assert usage["completion_tokens"] < 120
         assert server.process.wait(30) == 0
-        assert time.monotonic() - began < 15
 
 
 def test_an_engine_that_fails_is_told_and_replaced(trained: Path):
@@ -367,7 +378,7 @@ def test_an_engine_whose_thread_ends_lets_nobody_wait(trained: Path, monkeypatch
         monkeypatch.setattr(Worker, "_add", fault)
         answer = client.post("/v1/completions", json=body)
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_fault")
-        assert told.wait(5)  # the process ends then, to be started anew
+        assert told.wait(30)  # the process ends then, to be started anew
         assert client.post("/v1/completions", json=body).status_code == 503
         assert client.get("/health").status_code == 503
 
@@ -378,7 +389,7 @@ def test_a_request_that_never_gets_a_place_is_told_to_come_back(trained: Path, m
     from blockdiff.serve.app import Application
     from blockdiff.serve.settings import Settings
 
-    app = Application(blockdiff.load(trained / "checkpoint"), Settings(name="tiny", timeout=0.5), Limits(pages=64))
+    app = Application(blockdiff.load(trained / "checkpoint"), Settings(name="tiny", timeout=2), Limits(pages=64))
     with TestClient(app) as client:
         body = {"prompt": PROMPT, "max_tokens": 8}
         assert client.post("/v1/completions", json=body).status_code == 200
