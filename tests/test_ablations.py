@@ -20,7 +20,7 @@ from blockdiff.layout import Layout, TokenMap
 from blockdiff.masks import Annealing, visible
 from blockdiff.noise import Clipped, ExactCount
 from blockdiff.passes import Objective, Schedule
-from blockdiff.training import RunDirectory
+from blockdiff.run_directory import RunDirectory
 
 ONE = Objective(Fixed(3), Clipped(1.0, 1.0), active="one")
 

@@ -44,7 +44,20 @@ LAYERS = [
         "progress",
     },
     {"trainer", "engine", "evaluate", "explain", "diffusion_gemma"},
-    {"building", "training", "api", "report", "demo", "experiment", "sample", "owntext", "bench", "frontier", "curves"}
+    {
+        "building",
+        "run_directory",
+        "training",
+        "api",
+        "report",
+        "demo",
+        "experiment",
+        "sample",
+        "owntext",
+        "bench",
+        "frontier",
+        "curves",
+    }
     | {"harness", "trace", "batch", "rays", "budget", "estimate", "recipes"},
     {"serve", "chat"},
     {"cli_options", "cli_data", "cli_evaluate", "cli_experiment", "cli_generate", "cli_bench", "cli_tasks", "cli_serve"}

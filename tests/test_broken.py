@@ -21,8 +21,9 @@ from blockdiff.data import Encoder, read_corpus
 from blockdiff.datafiles import DataError
 from blockdiff.files import replace_directory
 from blockdiff.loading import attach, load
+from blockdiff.run_directory import RunDirectory
 from blockdiff.tokenizer import train_tokenizer
-from blockdiff.training import RunDirectory, train
+from blockdiff.training import train
 
 
 @pytest.fixture

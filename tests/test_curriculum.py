@@ -172,8 +172,11 @@ def test_an_adaptive_mixture_trains_and_says_what_it_trained(tmp_path):
     tree = tiny_config(tmp_path, train={"steps": 24, "log_every": 4}, layout=layout)
     run = train(make_config(tree))
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    moved = [line for line in lines if "share_b4" in line]
-    assert [line["step"] for line in moved] == [8, 16]
+    used = {line["step"]: line for line in lines if "share_b4" in line}
+    assert list(used) == [4, 8, 12, 16, 20, 24]
+    moved = [used[12], used[20]]  # after the searches before steps 9 and 17
+    assert used[8]["share_b1"] == pytest.approx(1 / 3)
+    assert used[16]["share_b1"] == used[12]["share_b1"]
     assert moved[0]["share_b1"] == pytest.approx(0.2 / 3)  # its excess over itself is nothing
     saved = Spec.from_json(run.checkpoint / "block_diffusion.json").layout
     shares = [{1: 1 / 3, 8: 1 / 3}, *({size: line[f"share_b{size}"] for size in (1, 8)} for line in moved)]
@@ -242,15 +245,15 @@ def test_antithetic_draws_move_the_noise_level():
     ids=lambda changes: next(iter(changes)),
 )
 def test_every_way_trains_and_resumes_to_the_same_end(tmp_path, changes):
-    from blockdiff.training import RunDirectory
+    from blockdiff.run_directory import RunDirectory
 
     runs: list[RunDirectory] = []
     for name in ("whole", "resumed"):
         folder = tmp_path / name
         folder.mkdir()
-        tree = tiny_config(folder, train={"steps": 24, "save_every": 12, "log_every": 4}, **changes)
+        tree = tiny_config(folder, train={"steps": 24, "save_every": 9, "log_every": 4}, **changes)
         run = train(make_config(tree))
-        if name == "resumed":  # as if killed after step 12
+        if name == "resumed":  # as if killed after step 18, between two lines
             import shutil
 
             shutil.rmtree(run.trainer / "checkpoint-24")
@@ -258,11 +261,11 @@ def test_every_way_trains_and_resumes_to_the_same_end(tmp_path, changes):
             run = train(make_config(tree), resume=True)
         runs.append(run)
     lines = [[json.loads(line) for line in run.metrics.read_text().splitlines()] for run in runs]
-    losses = [[m["loss"] for m in found if "loss" in m] for found in lines]
-    assert losses[0] == losses[1]
-    assert len(losses[0]) == 6
-    assert math.isfinite(losses[0][-1])
-    assert losses[0][-1] < losses[0][0]
+    losses = [[m for m in found if "loss" in m] for found in lines]
+    assert losses[0] == losses[1]  # with the shares in use, if they are searched
+    assert [m["step"] for m in losses[0]] == [4, 8, 12, 16, 20, 24]
+    assert math.isfinite(losses[0][-1]["loss"])
+    assert losses[0][-1]["loss"] < losses[0][0]["loss"]
 
 
 @pytest.mark.parametrize(

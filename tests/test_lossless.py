@@ -139,7 +139,7 @@ def test_stop_strings_and_the_context_end():
 
 def test_a_frozen_adapter_writes_what_the_users_checkpoint_writes(trained, tmp_path, capsys):
     """On a trained model, from the command line, greedily: the original AR model's own words."""
-    from blockdiff.training import RunDirectory
+    from blockdiff.run_directory import RunDirectory
 
     original = RunDirectory(trained).checkpoint
     changes = {"model": {"init": str(original), "adapter": {"kind": "noisy"}}, "output": str(tmp_path / "frozen")}

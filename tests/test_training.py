@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,12 @@ import torch
 import yaml
 from conftest import full_disk, tiny_config
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 import blockdiff
 from blockdiff.config import ConfigError, make_config
-from blockdiff.training import RunDirectory, train
+from blockdiff.run_directory import RunDirectory
+from blockdiff.training import train
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -103,7 +105,7 @@ def test_a_killed_run_resumes_to_the_same_end(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
-        tree = tiny_config(folder, train={"steps": 120, "save_every": 10, "log_every": 5})
+        tree = tiny_config(folder, train={"steps": 120, "save_every": 10, "log_every": 4})
         (folder / "c.yaml").write_text(yaml.safe_dump(tree))
     process = run_cli(killed / "c.yaml")
     deadline = time.monotonic() + 120
@@ -174,6 +176,51 @@ def test_a_run_is_never_overwritten_unasked(trained):
     changed = make_config(tree)
     with pytest.raises(ConfigError, match=r"--resume: train\.learning_rate differs"):
         train(changed, resume=True)
+
+
+def test_a_run_goes_on_with_smaller_passes_and_not_on_other_texts(tmp_path):
+    tree = tiny_config(tmp_path, train={"steps": 8, "save_every": 4, "log_every": 1}, noise={"kind": "exact_count"})
+    tree["model"]["dtype"] = "float64"
+    run = train(make_config(tree))
+    whole = [line["loss"] for line in metrics(run.path) if "loss" in line]
+    shutil.rmtree(run.trainer / "checkpoint-8")
+    shutil.rmtree(run.checkpoint)
+    tree["train"] |= {"rows": 1, "gradient_checkpointing": True}
+    texts = Path(tree["data"]["train"])
+    kept = texts.read_text()
+    texts.write_text("".join(kept.splitlines(keepends=True)[:-1]))
+    with pytest.raises(
+        ConfigError, match=r"--resume: data\.train: .* gives other rows than .*run began with; put them"
+    ):
+        train(make_config(tree), resume=True)
+    texts.write_text(kept)
+    train(make_config(tree), resume=True)
+    assert [line["loss"] for line in metrics(run.path) if "loss" in line] == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_machine_of_several_gpus_trains_on_one_unless_processes_are_started(tmp_path, monkeypatch):
+    """Otherwise the Trainer would double the rows of a step and cut batches up by threads."""
+    devices = TrainingArguments._setup_devices.func
+
+    def two(arguments: TrainingArguments) -> torch.device:
+        device = devices(arguments)
+        arguments._n_gpu = 2
+        return device
+
+    tree = tiny_config(tmp_path, train={"steps": 6, "log_every": 1})
+    losses, said = [], []
+    for gpus in (0, 2):
+        if gpus:
+            seen = cached_property(two)
+            seen.__set_name__(TrainingArguments, "_setup_devices")
+            monkeypatch.setattr(TrainingArguments, "_setup_devices", seen)
+            monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        run = train(make_config(tree), overwrite=True, say=said.append)
+        losses.append([line["loss"] for line in metrics(run.path) if "loss" in line])
+    assert losses[0] == losses[1]
+    assert [line for line in said if "GPU" in line] == [
+        "model: one of 2 GPUs is used; torchrun --nproc_per_node 2 -m blockdiff train ... uses all"
+    ]
 
 
 def test_adapting_a_checkpoint_keeps_its_conventions(trained, tmp_path):

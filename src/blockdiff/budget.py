@@ -23,10 +23,12 @@ from blockdiff.passes import Objective
 
 @dataclass(frozen=True)
 class Budget:
-    """steps: optimizer steps of the run; rows: rows of each of them, over all passes and processes."""
+    """steps: optimizer steps of the run; rows: rows of each of them, over all passes and processes; data: checksum of
+    the rows that it draws from ("": of none)."""
 
     steps: int
     rows: int
+    data: str = ""
 
     @staticmethod
     def read(path: Path) -> Budget:
@@ -34,7 +36,7 @@ class Budget:
         tree = yaml.safe_load(path.read_text())
         if "rows" not in tree:
             raise ConfigError(f"{path}: of an older version, whose noise was another; start anew with --overwrite")
-        return Budget(int(tree["steps"]), int(tree["rows"]))
+        return Budget(int(tree["steps"]), int(tree["rows"]), str(tree.get("data", "")))
 
     def write(self, path: Path) -> None:
         write_text(path, yaml.safe_dump(asdict(self)))
@@ -65,15 +67,15 @@ def plan(
     config: RunConfig, bridge: BlockDiffusionModel, objective: Objective, rows: PackedRows, processes: int
 ) -> Budget:
     """The budget of a new run. One in minutes is measured, on this process and with the gradients thrown away."""
-    wide, train = step_rows(config, processes), config.train
+    wide, train, data = step_rows(config, processes), config.train, rows.checksum()
     if train.steps is not None:
-        return Budget(train.steps, wide)
+        return Budget(train.steps, wide, data)
     if train.tokens is not None:
-        return Budget(max(1, round(train.tokens / (wide * rows.tokens / len(rows)))), wide)
+        return Budget(max(1, round(train.tokens / (wide * rows.tokens / len(rows)))), wide, data)
     assert train.minutes is not None
     at_once, passes = Budget(1, wide).passes(train.rows, processes)
     seconds = passes * _seconds_per_pass(at_once, bridge, objective, rows)
-    return Budget(max(1, int(train.minutes * 60 / seconds)), wide)
+    return Budget(max(1, int(train.minutes * 60 / seconds)), wide, data)
 
 
 def _seconds_per_pass(count: int, bridge: BlockDiffusionModel, objective: Objective, rows: PackedRows) -> float:

@@ -64,6 +64,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target, sums = ctx.saved_tensors
         to_hidden, to_weight, to_bias = torch.empty_like(hidden), None, None
+        if not len(hidden):  # zeros: other processes may have rows, and wait to add up
+            to_weight, to_bias = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
         whole = len(hidden) <= ctx.rows
         for at in range(0, len(hidden), ctx.rows):
             here = slice(at, at + ctx.rows)

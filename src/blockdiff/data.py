@@ -11,6 +11,7 @@ Files: .txt (one document), .jsonl, .parquet, each also with .gz where it is tex
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -280,6 +281,16 @@ class PackedRows(Dataset[list[Document]]):
     def scored(self) -> int:
         """Scored tokens in all rows."""
         return sum(document.scored for row in self.rows for document in row)
+
+    def checksum(self) -> str:
+        """Of all tokens, of which are given, and of their order."""
+        found = hashlib.blake2b(digest_size=16)
+        for row in self.rows:
+            for document in row:
+                found.update(document.ids.tobytes())
+                found.update(document.prompt.tobytes())
+            found.update(len(row).to_bytes(4, "little"))
+        return found.hexdigest()
 
 
 class TrainingStream(Dataset[tuple[int, list[Document]]]):

@@ -25,8 +25,9 @@ from blockdiff.engine.stream import pieces
 from blockdiff.evaluate import bound, unigram
 from blockdiff.files import write_json, write_text
 from blockdiff.progress import Progress
+from blockdiff.run_directory import RunDirectory
 from blockdiff.runtime import record
-from blockdiff.training import RunDirectory, train
+from blockdiff.training import train
 
 BLOCK_SIZES = [1, 2, 4, 8, 16, 32]
 PROMPT = 'The "for" statement is used to'

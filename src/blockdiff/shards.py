@@ -12,7 +12,7 @@ from typing import TypeVar
 from torch import distributed
 
 T = TypeVar("T")
-_WAIT = timedelta(days=7)  # for the slowest; where one fails, torchrun ends the others
+WAIT = timedelta(days=7)  # for the slowest; where one fails, torchrun ends the others
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,6 @@ ALONE = Split()
 def together(shard: Shard) -> Split:
     """The processes that torchrun started, connected from now to their end."""
     if shard.count > 1 and not distributed.is_initialized():  # a second group would find the first one's addresses
-        distributed.init_process_group("gloo", timeout=_WAIT)
+        distributed.init_process_group("gloo", timeout=WAIT)
         atexit.register(distributed.destroy_process_group)
     return Split(shard)

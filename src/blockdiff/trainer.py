@@ -15,6 +15,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,7 +43,7 @@ from blockdiff.passes import Objective, Schedule
 from blockdiff.rng import uniform
 
 _SCHEDULE = 6  # purpose of random numbers
-_CURRICULUM_FILE = "curriculum.json"
+_STATE_FILE = "blockdiff_state.json"  # what training knows beside weights, optimizer and the Trainer's state
 
 Validate = Callable[[BlockDiffusionModel], dict[str, float]]
 
@@ -119,6 +120,8 @@ class BlockDiffusionTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._means())
+            if self.shares is not None:
+                logs.update({f"share_b{size}": share for size, share in self.shares.shares.items()})
             if not math.isfinite(logs["loss"]):
                 raise ValueError(
                     f"the loss is {logs['loss']} at step {self.state.global_step}: lower train.learning_rate, or look "
@@ -139,7 +142,8 @@ class BlockDiffusionTrainer(Trainer):
         if self.args.fsdp_plugin_args is not None and state.distributed_type == DistributedType.MULTI_CPU:
             # accelerate shards over accelerators alone; torch does it over CPUs just so
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-            state.distributed_type = DistributedType.FSDP
+            for shared in (state._shared_state, PartialState._shared_state):  # the second would overwrite the first
+                shared["distributed_type"] = DistributedType.FSDP
             self.is_fsdp_enabled = True
         if self.is_fsdp_enabled and state.mixed_precision == "bf16":
             # accelerate's own would round the losses and the sums of gradients to bfloat16
@@ -161,7 +165,6 @@ class BlockDiffusionTrainer(Trainer):
         if self.shares is not None:
             if new_step and self.shares.due(step):
                 self.shares.search(step, lambda layout: self._held_out(Objective(layout, ExactCount())))
-                self.log({f"share_b{size}": share for size, share in self.shares.shares.items()})
             now = replace(now, layout=self.shares.layout())
         if self.adaptive is None:
             return now
@@ -218,10 +221,17 @@ class BlockDiffusionTrainer(Trainer):
             value = value.detach().sum().double()
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
 
+    def _unlogged(self) -> tuple[dict[str, float], int]:
+        """Sums over all processes of what was noted since the last log line, and the steps that it is of."""
+        if not self._sums:
+            return {}, 0
+        total = self._total(torch.stack(list(self._sums.values())))
+        return dict(zip(self._sums, total.tolist(), strict=True)), self._steps_noted
+
     def _means(self) -> dict[str, float]:
         """Over the steps since the last call and all processes, in float64 (the Trainer's own sum is float32)."""
-        sums = dict(zip(self._sums, self._total(torch.stack(list(self._sums.values()))).tolist(), strict=True))
-        means = {"loss": sums["loss"] / self._steps_noted}
+        sums, steps = self._unlogged()
+        means = {"loss": sums["loss"] / steps}
         self._sums, self._steps_noted = {}, 0
         if sums.get("tokens"):
             name = "bound" if self.objective.is_bound(self.bridge.spec.alignment) else "block_loss"
@@ -253,9 +263,9 @@ class BlockDiffusionTrainer(Trainer):
             if self.adaptive is not None:
                 self.adaptive.settle(self._total)
             super()._save_checkpoint(model, trial)
-            learned = {what: part.state() for what, part in self._learned().items()}
-            if learned and main:
-                (staging / name / _CURRICULUM_FILE).write_text(json.dumps(learned))
+            state = {what: part.state() for what, part in self._learned().items()} | {"unlogged": self._unlogged()}
+            if main:
+                (staging / name / _STATE_FILE).write_text(json.dumps(state))
             self._meet()
             if main:
                 sync_tree(staging)
@@ -314,8 +324,13 @@ class BlockDiffusionTrainer(Trainer):
             kind, dtype = type(bridge.backbone), bridge.backbone.dtype
             saved = kind.from_pretrained(resume_from_checkpoint, dtype=dtype, use_safetensors=True)
             bridge.backbone.load_state_dict(saved.state_dict())
+        state = json.loads((Path(resume_from_checkpoint) / _STATE_FILE).read_text())
         for name, part in self._learned().items():
-            part.restore(json.loads((Path(resume_from_checkpoint) / _CURRICULUM_FILE).read_text())[name])
+            part.restore(state[name])
+        sums, self._steps_noted = state["unlogged"]
+        if self.is_world_process_zero():  # the processes' sums are added up
+            as_noted = partial(torch.tensor, dtype=torch.float64, device=self.args.device)
+            self._sums = {name: as_noted(value) for name, value in sums.items()}
 
     def _learned(self) -> dict[str, Any]:
         """What this training learns beside the weights."""

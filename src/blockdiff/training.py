@@ -1,24 +1,16 @@
-"""A whole training run: config -> model, data, trainer -> run directory.
-
-A run directory holds config.yaml (fully resolved), metrics.jsonl, results/*.json, checkpoint/ (the finished model),
-trainer/ (resumable checkpoints) and report.html.
-"""
+"""A whole training run: config -> model, data, trainer -> run directory."""
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from pydantic import ValidationError
 from transformers import TrainerCallback, TrainingArguments
 
 from blockdiff.budget import Budget, plan, step_rows
@@ -38,8 +30,9 @@ from blockdiff.explain import draw_example
 from blockdiff.files import write_json, write_text
 from blockdiff.model import BlockDiffusionModel
 from blockdiff.passes import Schedule
+from blockdiff.run_directory import RunDirectory
 from blockdiff.runtime import keep_freed_memory, record, use_available_threads
-from blockdiff.shards import ALONE, Shard, Split
+from blockdiff.shards import ALONE, WAIT, Shard, Split
 from blockdiff.trainer import BlockDiffusionTrainer, MetricsFile, last_checkpoint
 
 Say = Callable[[str], None]
@@ -47,55 +40,6 @@ Say = Callable[[str], None]
 
 def _silent(line: str) -> None:
     pass
-
-
-@dataclass(frozen=True)
-class RunDirectory:
-    """Where a run keeps its files."""
-
-    path: Path
-    CLEARED: ClassVar = ("trainer", "results", "figures", "checkpoint")
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.path / "checkpoint"
-
-    @property
-    def trainer(self) -> Path:
-        return self.path / "trainer"
-
-    @property
-    def plan(self) -> Path:
-        return self.path / "plan.yaml"
-
-    def result(self, name: str) -> Path:
-        return self.path / "results" / f"{name}.json"
-
-    def difference(self, config: RunConfig) -> str | None:
-        """The first key, dotted, whose value here differs from `config`'s; None where none does.
-
-        Where the run lies (`output`) is no difference: a run may have been moved. Keys that an older version did not
-        know had their defaults.
-        """
-        saved, now = yaml.safe_load(self.config.read_text()), yaml.safe_load(config.dump())
-        with suppress(ValidationError):  # a file that is no configuration any more differs as it stands
-            saved = yaml.safe_load(RunConfig.model_validate(saved).dump())
-        return _difference({**saved, "output": ""}, {**now, "output": ""}, "")
-
-    def clear(self) -> None:
-        """Remove what an earlier run left, so that nothing of it is taken for the new one's."""
-        for name in self.CLEARED:
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in ("metrics.jsonl", self.plan.name, "report.html"):
-            (self.path / name).unlink(missing_ok=True)
 
 
 def train(
@@ -113,7 +57,7 @@ def train(
     """
     use_available_threads()
     keep_freed_memory()
-    processes = PartialState(cpu=not torch.cuda.is_available())
+    processes = PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT)
     if not processes.is_main_process:
         say = _silent
     if config.train.parallel == "fsdp" and processes.distributed_type == DistributedType.NO:
@@ -122,7 +66,7 @@ def train(
             "-m blockdiff train ... (N may be 1), or use ddp"
         )
     run = RunDirectory(Path(config.output))
-    resumed = _resumable(run, config, resume, overwrite)
+    resumed = run.resumable(config, resume, overwrite)
     bridge = build_model(config)
     encoder = encoder_of(bridge)
     corpus, rows = training_rows(config, encoder)
@@ -131,6 +75,10 @@ def train(
         say(f"model: {note}")
     if processes.num_processes > 1 and (dropped := _dropout(bridge)):
         say(f"model: dropout of {dropped:g} is drawn by each process for itself: on other processes another run")
+    if resumed is not None:
+        run.check_data(config, rows)
+    if processes.num_processes == 1 and (gpus := torch.cuda.device_count()) > 1:
+        say(f"model: one of {gpus} GPUs is used; torchrun --nproc_per_node {gpus} -m blockdiff train ... uses all")
     bridge.spec = replace(bridge.spec, documents=trained_documents(rows))
     valid = validation_corpus(config, encoder)
     _check_sizes(config, bridge, valid)
@@ -138,7 +86,7 @@ def train(
         Budget(1, step_rows(config, processes.num_processes)).passes(config.train.rows, processes.num_processes)
     # everything that can be wrong with the input was read by now: only then is an earlier run's output replaced
     if processes.is_main_process:
-        _open(run, config, fresh=resumed is None)
+        run.open(config, fresh=resumed is None)
     processes.wait_for_everyone()
     objective = objective_of(config)
     if processes.is_main_process:
@@ -146,9 +94,7 @@ def train(
             plan(config, bridge, objective, rows, processes.num_processes).write(run.plan)
         picture = draw_example(config.layout, bridge.spec.alignment, bridge.spec.clean_context, config.seed)
         write_text(run.path / "results" / "mask.txt", picture + "\n")
-    processes.wait_for_everyone()
-    if not run.plan.exists():
-        raise ConfigError(f"output: {run.path} is not shared by all machines of this run; put it where all can write")
+    run.check_shared(processes)
     budget = Budget.read(run.plan)
     arguments = _arguments(config, run, budget, processes.num_processes, bridge)
     say(_heading(budget, arguments, bridge.backbone.num_parameters()))
@@ -245,51 +191,10 @@ def measurable(bridge: BlockDiffusionModel, sizes: list[int]) -> list[int]:
     return [size for size in sizes if size == 1 or bridge.spec.is_diffusion]
 
 
-def _resumable(run: RunDirectory, config: RunConfig, resume: bool, overwrite: bool) -> Path | None:
-    """The checkpoint to go on from, if there is one and it is asked for. Touches nothing."""
-    found = last_checkpoint(run.trainer)
-    if resume:
-        if run.config.exists() and (key := run.difference(config)):
-            raise ConfigError(f"--resume: {key} differs from {run.config}; a resumed run must keep its configuration")
-        if found is None and run.checkpoint.exists():
-            raise ConfigError(f"--resume: {run.path} is finished; use {run.checkpoint}, or start anew with --overwrite")
-        return found
-    if (run.checkpoint.exists() or found) and not overwrite:
-        raise ConfigError(
-            f"output: {run.path} already holds a run; go on with --resume, start anew with --overwrite, "
-            "or set another output"
-        )
-    start = config.model.init
-    above = [] if start is None else [Path(start).resolve(), *Path(start).resolve().parents]
-    if any((run.path / name).resolve() in above for name in run.CLEARED):
-        raise ConfigError(f"model.init: {start} lies where a new run in {run.path} clears; set another output")
-    return None
-
-
 def _check_sizes(config: RunConfig, bridge: BlockDiffusionModel, valid: Corpus | None) -> None:
     """Refuse what the validation could not measure, before the training rather than after it."""
     if valid is not None and (sizes := measurable(bridge, config.eval.block_sizes)):
         check_bound(bridge, valid.documents, sizes)
-
-
-def _open(run: RunDirectory, config: RunConfig, *, fresh: bool) -> None:
-    """Make the run directory, emptied of an earlier run if this one is new."""
-    try:
-        if fresh:
-            run.clear()
-        run.trainer.mkdir(parents=True, exist_ok=True)
-        for left in run.trainer.glob(".saving-*"):  # of a run that was killed while it saved
-            shutil.rmtree(left, ignore_errors=True)
-        write_text(run.config, config.dump())
-    except OSError as error:
-        raise ConfigError(f"output: cannot write to {run.path}: {error.strerror or error}") from error
-
-
-def _difference(saved: object, now: object, place: str) -> str | None:
-    if isinstance(saved, dict) and isinstance(now, dict):
-        found = (_difference(saved.get(key), now.get(key), f"{place}.{key}".lstrip(".")) for key in {**saved, **now})
-        return next((key for key in found if key), None)
-    return None if saved == now else place
 
 
 def _validator(
@@ -333,7 +238,7 @@ def _arguments(
         report_to = ["tensorboard"]
     except ImportError:
         report_to = []
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(run.trainer),
         max_steps=budget.steps,
         per_device_train_batch_size=rows,
@@ -361,6 +266,9 @@ def _arguments(
         report_to=report_to,
         **(_sharding(bridge) if settings.parallel == "fsdp" else {}),
     )
+    # a process works on one GPU: over more the Trainer would cut batches up by threads, and a step be another
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _sharding(bridge: BlockDiffusionModel) -> dict[str, Any]:
@@ -370,6 +278,8 @@ def _sharding(bridge: BlockDiffusionModel) -> dict[str, Any]:
         raise ConfigError("train.parallel: fsdp shards decoder layers, and this model has no list of them; use ddp")
     return {
         "fsdp": "full_shard auto_wrap",
+        # or every process would hold the gradients of the whole model between the passes of a step
+        "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
         "fsdp_config": {
             "version": 2,
             "state_dict_type": "SHARDED_STATE_DICT",

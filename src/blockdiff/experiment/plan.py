@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from blockdiff.config import ConfigError, RunConfig, apply_change, make_config, nearest, put, read_tree, sentence
 from blockdiff.decode import named
 from blockdiff.experiment.claims import Claim
-from blockdiff.training import RunDirectory
+from blockdiff.run_directory import RunDirectory
 
 
 class _Group(BaseModel):
