@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,6 +241,17 @@ def test_what_killed_processes_left_is_removed_when_it_is_old(model, tmp_path):
     assert (old.exists(), fresh.exists()) == (False, True)  # the fresh one may be a neighbour's
 
 
+def swapped_vocabulary(checkpoint: Path, copy: Path) -> Path:
+    """The same weights, and two words that changed places in the tokenizer."""
+    shutil.copytree(checkpoint, copy)
+    tree = json.loads((copy / "tokenizer.json").read_text())
+    words = tree["model"]["vocab"]
+    one, other = [word for word in words if word.isalpha()][-2:]
+    words[one], words[other] = words[other], words[one]
+    (copy / "tokenizer.json").write_text(json.dumps(tree))
+    return copy
+
+
 def test_resuming_what_was_not_asked_is_refused(trained, model, tmp_path, capsys):
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": text} for text in prompts(4)])
     answer_file(model, rows, tmp_path / "out", **DRAWN)
@@ -257,8 +269,10 @@ def test_resuming_what_was_not_asked_is_refused(trained, model, tmp_path, capsys
         answer_file(model, other, tmp_path / "out", **DRAWN)
     changed = load(trained / "checkpoint")
     changed.backbone.get_input_embeddings().weight.data += 0.01
-    with pytest.raises(DataError, match=r"another run \(model"):
-        answer_file(changed, rows, tmp_path / "out", **DRAWN)
+    renamed = load(swapped_vocabulary(trained / "checkpoint", tmp_path / "renamed"))
+    for other_model in (changed, renamed):
+        with pytest.raises(DataError, match=r"another run \(model"):
+            answer_file(other_model, rows, tmp_path / "out", **DRAWN)
     assert (tmp_path / "out" / "answers.jsonl").read_bytes() == kept
     (tmp_path / "out" / "manifest.json").write_text("{")
     with pytest.raises(DataError, match="not the manifest of a run"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import tiny_config
 from test_cli import run
 from torch.utils.flop_counter import FlopCounterMode
@@ -67,6 +68,15 @@ def test_shards_checkpoints_and_processes_change_what_they_should(tree):
     sharded = estimate(with_train(tree, global_rows=32, parallel="fsdp"), 8)
     assert sharded.memory["weights"] == one.memory["weights"] // 8
     assert sharded.memory["Adam"] == one.memory["Adam"] // 8
+    assert eight.memory["gradients in flight"] == eight.memory["gradients"]  # DDP's buckets
+    network = build_model(with_train(tree)).backbone
+    layer = sum(p.numel() for p in network.model.layers[0].parameters())
+    assert sharded.memory["gathered layers"] == 4 * (network.num_parameters() - layer)  # of three, two are whole
+    assert sharded.memory["their gradients"] == 4 * (network.num_parameters() - layer)  # two of a layer: to sum it up
+    rounded = estimate(with_train(tree, mixed_precision="bf16"))
+    assert rounded.memory["weights in bfloat16"] == 2 * network.num_parameters()
+    assert rounded.memory["weights"] == one.memory["weights"]
+    assert 0.4 < rounded.memory["activations"] / one.memory["activations"] < 0.7
     again = estimate(with_train(tree, gradient_checkpointing=True))
     assert again.memory["activations"] < 0.7 * estimate(with_train(tree)).memory["activations"]
     assert again.flops > estimate(with_train(tree)).flops
@@ -119,3 +129,40 @@ def test_mixtures_of_experts_count_those_that_work(tree):
     assert flops().parameters > 1.5 * flops(num_local_experts=4).parameters
     assert "activations not known for this network" in describe(flops(), 1.0)
     assert torch.get_default_device().type == "cpu"
+
+
+@pytest.mark.parametrize("kind", ["whole", "lora", "noisy"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_memory_is_that_of_a_step(tree, tmp_path, kind, size):
+    """What autograd keeps of a real pass, and what the weights, their gradients and Adam take after a step."""
+    start = tmp_path / "start"
+    base = make_config(tree)
+    build_model(base).save(start)
+    adapter = {} if kind == "whole" else {"adapter": {"kind": kind, "rank": 4}}
+    config = make_config({**tree, "model": {"init": str(start), **adapter}, "objective": {"ar_weight": 0.0}})
+    config = make_config({**yaml.safe_load(config.dump()), "train": {"steps": 1, "rows": size}})
+    model, length = build_model(config).train(), config.data.length
+    rows = [[Document(np.full(length, 5, np.int32), np.arange(length) < 1, "d")] for _ in range(size)]
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    alive: list[torch.Tensor] = []
+    held: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        terms = objective_of(config).terms(model, collate(rows), model.spec.alignment, model.spec.mask_id or 0, 0)
+    terms.loss(terms.tokens.sum(), 0.0).backward()
+    optimizer.step()
+    found = estimate(config)
+    said = found.memory
+    assert said["activations"] == pytest.approx(sum(held.values()), rel=0.25)
+    assert said["weights"] == 4 * build_model(base).backbone.num_parameters()
+    assert said["gradients"] == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    assert said["Adam"] == sum(m.nbytes for state in optimizer.state.values() for m in state.values() if m.ndim)
+    assert said["logits"] == 2 * 4 * size * found.reads * len(model.backbone.get_input_embeddings().weight)

@@ -95,6 +95,42 @@ def test_what_ray_cannot_do_is_told(options, message, trained, tmp_path, monkeyp
     assert not (tmp_path / "out").exists()
 
 
+def test_rows_that_kill_every_actor_are_refused_in_the_end(trained, tmp_path):
+    """As a lack of memory would; Ray itself would start actors for ever. Another run begins to count anew."""
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "the cat"}, {"prompt": "a dog"}])
+    code = f"""
+import os, signal
+from pathlib import Path
+import blockdiff
+from blockdiff import rays
+from blockdiff.batch import Answerer, Held
+from blockdiff.shards import WHOLE
+
+class Dying(rays._Actor):
+    def _answered(self, rows):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+path, rows = {str(trained / "checkpoint")!r}, Path({str(rows)!r})
+answerer = Answerer(blockdiff.load(path), max_new_tokens=4)
+parts, model = answerer.open(rows, Path("out")), answerer.asked["model"]
+for run in range(2):
+    work = rays._Work(path, None, parts, model, {{"max_new_tokens": 4}})
+    for attempt in range(12):
+        (stretch,) = rays._stretches(rows, Held.of(parts, WHOLE), parts, 2)
+        if not os.fork():
+            refusal = Dying(work)(stretch)["refusal"][0]
+            print(attempt, refusal, flush=True)
+            os._exit(0)
+        os.wait()
+print(rays._Actor(rays._Work(path, None, parts, model, {{"max_new_tokens": 4}}))(stretch)["rows"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    *refused, answered = done.stdout.splitlines()
+    assert [line.split()[0] for line in refused] == ["8", "9", "10", "11"] * 2, done.stderr
+    assert all("8 actors died over the rows from 1 on; where memory ran out, lower --batch" in line for line in refused)
+    assert answered == "[2]"
+
+
 @needs_ray
 @pytest.mark.usefixtures("one_ray")
 def test_a_cluster_that_is_not_there_is_told_at_once(tmp_path):

@@ -335,11 +335,12 @@ def _engine(model: Model | DiffusionGemma, running: int, strict_coverage: bool) 
 
 
 def _fingerprint(model: Model | DiffusionGemma) -> str:
-    """Tells a model from another: its conventions, its template, and a sample of every weight."""
+    """Tells a model from another: its conventions, its vocabulary and template, and a sample of every weight."""
     assert model.tokenizer is not None
     network = model if isinstance(model, Model) else model.network
     conventions = model.spec if isinstance(model, Model) else model.network.config.to_json_string()
-    checksum = hashlib.sha256(f"{conventions} {model.tokenizer.chat_template} {model.vocabulary}".encode())
+    vocabulary = sorted(model.tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    checksum = hashlib.sha256(f"{conventions} {model.tokenizer.chat_template} {vocabulary}".encode())
     for name, weight in network.named_parameters():
         flat = weight.detach().flatten()
         at = torch.linspace(0, max(len(flat) - 1, 0), min(_SAMPLED, len(flat)), dtype=torch.float64).long()

@@ -64,7 +64,7 @@ def estimate(config: RunConfig, processes: int = 1) -> Estimate:
     network = _network(config)
     budget = Budget(1, step_rows(config, processes))
     rows, passes = budget.passes(config.train.rows, processes)
-    tokens, reads = _drawn(config)
+    tokens, reads, learning = _drawn(config)
     parameters = sum(p.numel() for p in network.parameters())
     trained = parameters if config.model.adapter is None else _adapted(network, config.model.adapter)
     width = torch.finfo(getattr(torch, config.model.dtype)).bits // 8
@@ -77,14 +77,14 @@ def estimate(config: RunConfig, processes: int = 1) -> Estimate:
     if processes > 1 and shards == 1:
         memory["gradients in flight"] = trained * width  # DDP's buckets
     if shards > 1:
-        memory["gathered layers"] = _gathered(network) * (2 if config.train.mixed_precision == "bf16" else width)
+        memory["gathered layers"], memory["their gradients"] = _gathered(network, config, width)
     elif config.train.mixed_precision == "bf16":
         memory["weights in bfloat16"] = 2 * parameters
-    kept = _kept(network, config, rows, tokens)
+    kept = _kept(network, config, rows, learning)
     if kept is not None:
         memory["activations"], memory["a layer's backward"] = kept
     memory["logits"] = 2 * 4 * min(cross_entropy.CHUNK, rows * reads * _vocabulary(network))
-    flops = budget.rows * _flops_of_row(network, config, tokens, reads, trained / parameters)
+    flops = budget.rows * _flops_of_row(network, config, tokens, reads, learning / tokens, trained / parameters)
     return Estimate(
         parameters, trained, tokens, reads, memory, flops, budget, rows, passes, processes, _steps(config, budget)
     )
@@ -152,22 +152,26 @@ def _check_there(init: str) -> None:
         )
 
 
-def _drawn(config: RunConfig) -> tuple[int, int]:
-    """Tokens of a pass and rows of logits read, on average over a few full rows."""
+def _drawn(config: RunConfig) -> tuple[int, int, int]:
+    """Tokens of a pass, rows of logits read and tokens that gradients flow through, on average over a few full rows."""
     count, length = 8, config.data.length
     doc = torch.arange(count)[:, None].expand(count, length).contiguous()
     batch = {"input_ids": torch.zeros_like(doc), "doc": doc, "prompt": torch.arange(length).expand(count, length) < 1}
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, int, int]] = []
+    adapter = config.model.adapter
 
     def note(ids: Tensor, tokens: Any, read: Tensor, **_: Any) -> Tensor:
-        seen.append((int((tokens.doc >= 0).sum()), len(read)))
+        there = tokens.doc >= 0
+        learning = there & tokens.noisy if adapter is not None and adapter.kind == "noisy" else there
+        seen.append((int(there.sum()), len(read), int(learning.sum())))
         return torch.zeros(len(read))
 
     objective = objective_of(config)
     if config.growth is not None:  # the layout that training ends with
         objective = replace(objective, layout=config.growth.layout(config.layout, 1.0, 0.999))
     objective.terms(note, batch, config.model.alignment, 1, config.seed)
-    return seen[0][0] // count, seen[0][1] // count
+    tokens, reads, learning = seen[0]
+    return tokens // count, reads // count, learning // count
 
 
 def _kept(network: PreTrainedModel, config: RunConfig, rows: int, tokens: int) -> tuple[int, int] | None:
@@ -175,6 +179,11 @@ def _kept(network: PreTrainedModel, config: RunConfig, rows: int, tokens: int) -
     a layer keeps: gradients and temporaries); None where the network does what the meta device cannot."""
     low = config.train.mixed_precision == "bf16"
     network = network.to(torch.bfloat16 if low else getattr(torch, config.model.dtype))
+    if config.model.adapter is not None:  # a layer that learns nothing keeps no input
+        network.requires_grad_(False)
+        for name in adapted_layers(network, config.model.adapter):
+            network.get_submodule(name).requires_grad_(True)
+        network.get_input_embeddings().requires_grad_(True)
     own = {p.untyped_storage()._cdata for p in network.parameters()}
     held: dict[int, int] = {}
 
@@ -197,8 +206,11 @@ def _kept(network: PreTrainedModel, config: RunConfig, rows: int, tokens: int) -
     return total, 2 * total // layers
 
 
-def _flops_of_row(network: PreTrainedModel, config: RunConfig, tokens: int, reads: int, trained: float) -> float:
-    """Forward and backward of one row; attention over all pairs of tokens."""
+def _flops_of_row(
+    network: PreTrainedModel, config: RunConfig, tokens: int, reads: int, learning: float, trained: float
+) -> float:
+    """Forward and backward of one row; attention over all pairs of tokens. learning: share of the tokens that gradients
+    flow through; trained: of the parameters."""
     text = network.config.get_text_config()
     experts = next((n for name in _EXPERTS if (n := getattr(text, name, None))), 0)
     share = getattr(text, "num_experts_per_tok", experts) / max(experts, 1)
@@ -213,7 +225,7 @@ def _flops_of_row(network: PreTrainedModel, config: RunConfig, tokens: int, read
     head = 2 * _vocabulary(network) * text.hidden_size * reads
     backward = 1 + min(trained, 1.0)  # of the inputs, and of what is trained
     again = 1 if config.train.gradient_checkpointing else 0
-    return forward * (1 + again + backward) + head * (2 + backward)  # the head's logits are computed again
+    return forward * (1 + learning * (again + backward)) + head * (2 + backward)  # the head's logits are computed again
 
 
 def _adapted(network: PreTrainedModel, settings: Adapter) -> int:
@@ -224,12 +236,15 @@ def _adapted(network: PreTrainedModel, settings: Adapter) -> int:
     return total
 
 
-def _gathered(network: PreTrainedModel) -> int:
-    """Parameters that a process holds whole while it works on a layer: the root's, and two layers."""
+def _gathered(network: PreTrainedModel, config: RunConfig, width: int) -> tuple[int, int]:
+    """Bytes that a process holds whole while it works on a layer: weights of the root and of two layers, and gradients
+    of the root (the head's come first and stay) and of a layer, which is summed up in another buffer."""
+    low, summed = (2, 4) if config.train.mixed_precision == "bf16" else (width, width)
     stacks = [m for m in network.modules() if isinstance(m, nn.ModuleList) and len(m)]
     layers = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
     inside = sum(p.numel() for p in layers.parameters())
-    return sum(p.numel() for p in network.parameters()) - inside + 2 * inside // len(layers)
+    root, layer = sum(p.numel() for p in network.parameters()) - inside, inside // len(layers)
+    return (root + 2 * layer) * low, (root + layer) * low + layer * summed
 
 
 def _steps(config: RunConfig, budget: Budget) -> int | None:

@@ -14,11 +14,12 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
 
@@ -32,6 +33,7 @@ from blockdiff.shards import WHOLE
 _LOCAL_STORE = 128 * 2**20  # bytes for the rows in flight; what does not fit goes to Ray's own files
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_DATA_LOG_LEVEL": "ERROR"}
 _NOTHING = Answered(Totals(), 0, None)
+_TRIES = 8  # actors that may die over a stretch
 _REFILLS = 4  # stretch of rows that an actor is given: its texts at once, so many times
 
 
@@ -55,6 +57,7 @@ class _Work:
     parts: Parts
     model: str
     options: dict[str, Any]
+    run: str = field(default_factory=lambda: uuid4().hex)
 
 
 def answer_on_ray(
@@ -102,12 +105,33 @@ class _Actor:
     def __call__(self, batch: pa.Table) -> dict[str, list[Any]]:
         """One row: what is written now of a stretch's rows, or why this machine cannot."""
         (stretch,) = batch["stretch"].to_pylist()
+        rows = pa.ipc.open_stream(stretch).read_all().to_pylist()
         try:
-            found, refusal = self._answered(pa.ipc.open_stream(stretch).read_all().to_pylist()), ""
-        except (ValueError, OSError) as error:
-            found, refusal = _NOTHING, f"{error} (on {platform.node()})"
+            with self._tried(rows[0]["number"]):
+                found, refusal = self._answered(rows), ""
+        except (ValueError, OSError, RuntimeError) as error:
+            found, refusal = _NOTHING, f"{str(error).strip().partition(chr(10))[0]} (on {platform.node()})"
         row = {**asdict(found.totals), "uncovered": found.uncovered, "problem": found.problem or "", "refusal": refusal}
         return {name: [value] for name, value in row.items()}
+
+    @contextmanager
+    def _tried(self, number: int) -> Iterator[None]:
+        """Counts in a file who began with a stretch: Ray would start actors that die over it again without end."""
+        if not self.parts.directory.exists():
+            raise DataError(f"{self.parts.directory}: is not there; give a directory that all machines share")
+        begun = self.parts.file(0).with_name(f".begun-{number:08}.jsonl.{self.work.run}")
+        begun.parent.mkdir(exist_ok=True)
+        with begun.open("ab") as file:
+            file.write(b".")
+        if begun.stat().st_size > _TRIES:
+            raise DataError(
+                f"{_TRIES} actors died over the rows from {number + 1} on; where memory ran out, lower --batch "
+                "(what was answered is kept, and the same command goes on from there)"
+            )
+        try:
+            yield
+        finally:
+            begun.unlink(missing_ok=True)
 
     def _answered(self, rows: list[dict[str, Any]]) -> Answered:
         wanted = {row["number"] // self.parts.size for row in rows}
@@ -118,8 +142,6 @@ class _Actor:
 
     @cached_property
     def answerer(self) -> Answerer:
-        if not self.parts.directory.exists():
-            raise DataError(f"{self.parts.directory}: is not there; give a directory that all machines share")
         answerer = _answerer(self.work.path, self.work.chat_template, self.work.options)
         if answerer.asked["model"] != self.work.model:
             raise DataError(f"{self.work.path}: is another model there; give a path that all machines share")
