@@ -76,14 +76,20 @@ def launch(tree: dict[str, Any], processes: int, *options: str, most: int | None
 
 
 def started(
-    topology: list[str], path: Path, *options: str, most: int | None = None, program: str = "-m blockdiff train"
+    topology: list[str],
+    path: Path,
+    *options: str,
+    most: int | None = None,
+    program: str = "-m blockdiff train",
+    folder: Path | None = None,
 ) -> subprocess.Popen[str]:
-    """most: bytes of the largest file that can be written."""
+    """most: bytes of the largest file that can be written; folder: to work in."""
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *topology, *program.split(), str(path), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,
         preexec_fn=most and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))),
@@ -97,18 +103,25 @@ def run(tree: dict[str, Any], processes: int, *options: str) -> tuple[Path, str]
     return Path(tree["output"]), out
 
 
-def run_on_two_machines(tree: dict[str, Any], processes: int) -> tuple[Path, str]:
-    """Two launchers that meet at a port, each with half of the processes."""
-    path = Path(tree["output"]).parent / "config.yaml"
-    path.write_text(yaml.safe_dump(tree))
+def on_two_machines(path: Path, processes: int, *folders: Path) -> list[tuple[int, str, str]]:
+    """Two launchers that meet at a port, each with half of the processes: what they returned and said."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         meeting = ["--rdzv_backend", "c10d", "--rdzv_id", "1", "--rdzv_endpoint", f"localhost:{free.getsockname()[1]}"]
     half = ["--nnodes", "2", "--nproc_per_node", str(processes // 2), *meeting]
-    machines = [started(["--node_rank", str(rank), *half], path) for rank in range(2)]
+    machines = [
+        started(["--node_rank", str(rank), *half], path, folder=folders[rank] if folders else None) for rank in range(2)
+    ]
     said = [machine.communicate(timeout=240) for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], said
-    return Path(tree["output"]), "".join(out for out, _ in said)
+    return [(machine.returncode, *streams) for machine, streams in zip(machines, said, strict=True)]
+
+
+def run_on_two_machines(tree: dict[str, Any], processes: int) -> tuple[Path, str]:
+    path = Path(tree["output"]).parent / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    ended = on_two_machines(path, processes)
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    return Path(tree["output"]), "".join(out for _, out, _ in ended)
 
 
 def curve(run: Path, key: str = "loss") -> list[dict[str, float]]:
@@ -170,6 +183,20 @@ def test_gradients_are_sharded_between_the_passes_of_a_step_too(tmp_path):
     seen = [line.split() for line in out.splitlines() if line.startswith("FSDP ")]
     assert len(seen) == 2 * 3  # steps, and passes before the last
     assert all(0.45 < int(held) / int(total) < 0.55 for _, held, total in seen)
+
+
+def test_machines_that_share_no_folder_are_told(tmp_path):
+    """Also where each has an old run of its own at that place."""
+    tree = config(tmp_path, steps=2) | {"output": "run"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    folders = tmp_path / "one", tmp_path / "two"
+    for folder in folders:
+        (folder / "run").mkdir(parents=True)
+        (folder / "run" / "plan.yaml").write_text("{steps: 2, rows: 8}\n")
+    ended = on_two_machines(tmp_path / "config.yaml", 2, *folders)
+    assert all(code for code, _, _ in ended)
+    assert "blockdiff: output: run is not shared by all machines of this run; put it where all can write" in ended[1][2]
+    assert not any((folder / "run" / "checkpoint").exists() for folder in folders)
 
 
 def test_another_seed_trains_otherwise(single, tmp_path):
