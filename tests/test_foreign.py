@@ -119,6 +119,15 @@ def test_sdar_directories_load_with_the_conventions_of_the_table(sdar):
         ({"rope_theta": None}, "has no rope_theta, and 10000 would be taken"),
         ({"rope_parameters": {**ROPE, "rope_theta": 1e4}}, "contradicts itself: rope_theta 500000.0, in rope_param"),
         (
+            {"rope_scaling": {"rope_type": "default", "rope_theta": 1e4}},
+            r"contradicts itself: rope_theta 500000.0, in rope_scaling 10000.0; take out",
+        ),
+        ({"rope_theta": "1000000"}, "rope_theta: '1000000' is no base of rotary positions"),
+        ({"rope_theta": [1]}, r"rope_theta: \[1\] is no base of rotary positions"),
+        ({"rope_parameters": {**ROPE, "rope_theta": True}}, "rope_theta: True is no base of rotary positions"),
+        ({"rope_parameters": [1]}, r"rotary positions: \[1\] is no object of settings"),
+        ({"rope_scaling": "yarn"}, "rotary positions: 'yarn' is no object of settings"),
+        (
             {"rope_parameters": ROPE, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
             "contradicts itself: rope_scaling",
         ),
@@ -133,6 +142,21 @@ def test_configs_that_are_not_understood_are_refused(copy, changes, message):
     found = inspect(copy)
     assert not found.loads
     assert str(refused.value) == f"{copy}: {found.problem}"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_theta": 1e6},
+        {"rope_theta": 1e6, "rope_parameters": {"rope_type": "default"}},
+        {"rope_theta": 1e6, "rope_parameters": {}, "rope_scaling": {"type": "default"}},
+        {"rope_theta": None, "rope_parameters": {"rope_theta": 1e6}},
+        {"rope_theta": None, "rope_scaling": {"rope_type": "default", "rope_theta": 1e6}},
+        {"rope_theta": 1000000, "rope_scaling": {"type": "default"}, "rope_parameters": {"rope_type": "default"}},
+    ],
+)
+def test_the_rotary_base_is_found_wherever_the_config_has_it(copy, changes):
+    assert load(rewrite(copy, **changes)).backbone.config.rope_parameters == {"rope_type": "default", "rope_theta": 1e6}
 
 
 def test_the_configs_block_size_stands_before_the_usual_one(copy):

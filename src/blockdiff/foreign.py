@@ -183,11 +183,10 @@ def backbone_config(where: str, family: Family, stated: Mapping[str, Any]) -> Pr
             f"{where}: config.json has keys that blockdiff does not know for {family.name}: {', '.join(unknown)}; find "
             "out from the model's own code what they do, and take out those that change nothing at inference"
         )
+    _check_rope_types(where, stated)
     if family.conversion is None:
-        _check_rope(where, stated)
-        taken = {key: value for key, value in stated.items() if key in settings}
-        if taken.get("rope_parameters"):
-            taken = {key: value for key, value in taken.items() if key not in ("rope_theta", "rope_scaling")}
+        taken = {key: value for key, value in stated.items() if key in settings and key not in _ROPE}
+        taken["rope_parameters"] = _rope(where, stated)
     else:
         taken = family.conversion.config(where, stated)
     special = {key: value for key, value in stated.items() if key.endswith("_token_id") and key != family.mask_key}
@@ -209,27 +208,43 @@ def _settings(family: Family) -> set[str]:
     return {*plain.to_dict(), *plain.attribute_map, *_ROPE, *_TAKEN}
 
 
-def _check_rope(where: str, stated: Mapping[str, Any]) -> None:
-    """The base of the rotary positions stands there, once or twice alike: its default suits almost no checkpoint."""
-    newer = stated.get("rope_parameters") or {}
-    bases = [base for base in (stated.get("rope_theta"), newer.get("rope_theta")) if base is not None]
+def _rope(where: str, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary positions as transformers 5 names them, `rope_parameters`.
+
+    Their base stands in the config, at one of its places or alike at several: its default suits almost no checkpoint.
+    """
+    newer, older = (
+        {"rope_type" if key == "type" else key: value for key, value in (stated.get(name) or {}).items()}
+        for name in ("rope_parameters", "rope_scaling")
+    )
+    places = {"rope_theta": stated, "rope_parameters": newer, "rope_scaling": older}
+    bases = {name: place["rope_theta"] for name, place in places.items() if place.get("rope_theta") is not None}
     if not bases:
         raise UnsupportedModel(
             f"{where}: config.json has no rope_theta, and 10000 would be taken; add the value of the checkpoint that "
             "this one was made from"
         )
-    if len(set(bases)) > 1:
-        raise UnsupportedModel(
-            f"{where}: config.json contradicts itself: rope_theta {bases[0]}, in rope_parameters {bases[1]}; take out "
-            "the wrong one"
-        )
-    older = {key: value for key, value in (stated.get("rope_scaling") or {}).items() if key != "rope_theta"}
-    scaling = {key: value for key, value in newer.items() if key != "rope_theta"}
-    if newer and older and older != scaling:
+    if len(set(bases.values())) > 1:
+        said = ", ".join(f"{name if name == 'rope_theta' else f'in {name}'} {base}" for name, base in bases.items())
+        raise UnsupportedModel(f"{where}: config.json contradicts itself: {said}; take out the wrong one")
+    older, scaling = ({key: value for key, value in rope.items() if key != "rope_theta"} for rope in (older, newer))
+    if scaling and older and older != scaling:
         raise UnsupportedModel(
             f"{where}: config.json contradicts itself: rope_scaling {older}, rope_parameters {scaling}; take out the "
             "wrong one"
         )
+    return {"rope_type": "default", **(scaling or older), "rope_theta": next(iter(bases.values()))}
+
+
+def _check_rope_types(where: str, stated: Mapping[str, Any]) -> None:
+    nested = [rope for name in ("rope_parameters", "rope_scaling") if (rope := stated.get(name)) is not None]
+    for rope in nested:
+        if not isinstance(rope, dict):
+            raise UnsupportedModel(f"{where}: config.json, rotary positions: {rope!r} is no object of settings")
+    for place in (stated, *nested):
+        base = place.get("rope_theta")
+        if base is not None and (type(base) not in (int, float) or base <= 0):
+            raise UnsupportedModel(f"{where}: config.json, rope_theta: {base!r} is no base of rotary positions")
 
 
 def _check_mask(where: str, known: Fact | None, value: int, source: str) -> None:
