@@ -245,7 +245,7 @@ def test_the_exported_config_code_leaves_rope_where_each_transformers_looks(monk
     [
         ({"architectures": ["LLaDAModelLM"], "model_type": "llada"}, "LLaDA", "its own transformer"),
         ({"architectures": ["DreamModel"], "model_type": "Dream"}, "Dream", "in both directions"),
-        ({"model_type": "qwen2", "text_mask_token_id": 5, "causal_attn": False}, "SDLM", "a check of its Qwen2 code"),
+        ({"model_type": "qwen2", "text_mask_token_id": 5, "block_size": 4}, "SDLM", "a check of its Qwen2 code"),
         ({"model_type": "PanguEmbedded"}, "NBDiff, openPangu-Diffusion", "its own transformer"),
     ],
 )
@@ -277,6 +277,42 @@ def test_inspect_tells_ours_from_ar_models_and_from_the_unknown(trained, tmp_pat
     assert (found.family, found.conventions, found.loads) == ("unknown", {}, False)
     assert "'brand_new' is no decoder of transformers" in str(found)
     assert run("inspect", tmp_path / "nothing", capsys=capsys)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "said"),
+    [
+        ("qwen3", {"architectures": ["MyDiffusionLM"]}, "architecture MyDiffusionLM, and transformers' qwen3 is Qwen3"),
+        ("qwen3", {"architectures": None, "auto_map": {"AutoModelForCausalLM": "own.MyLM"}}, "architecture MyLM, and"),
+        ("qwen3", {"mask_token_id": 7, "block_size": 32}, "mask_token_id 7, block_size 32, and transformers' qwen3"),
+        ("llama", {"bd_size": 8}, "bd_size 8, and transformers' llama"),
+        ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "architecture LlamaForSequenceClassification"),
+    ],
+)
+def test_what_is_more_than_transformers_decoder_is_no_ar_model(tmp_path, kind, config, said):
+    folder = write(tmp_path / "copy", kind, **config)
+    with pytest.raises(UnsupportedModel, match=f"its config has {said}.*prediction, clean context.* would be needed"):
+        load(folder)
+    found = inspect(folder)
+    assert (found.family, found.loads, found.conventions) == ("unknown", False, {})
+    assert said in found.problem
+    (folder / "block_diffusion.json").write_text(json.dumps(SDAR.to_json()))  # its user knows
+    assert inspect(folder).loads
+    assert load(folder).spec == SDAR
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architectures": None},
+        {"architectures": ["LLaMAForCausalLM"]},  # as the first conversions had it
+        {"auto_map": {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}, "mask_token_id": None},
+    ],
+)
+def test_ar_models_of_transformers_load(tmp_path, config):
+    folder = write(tmp_path / "plain", "llama", **config)
+    assert "an AR model" in inspect(folder).family
+    assert load(folder).spec.default_block_size == 1
 
 
 @pytest.mark.parametrize(

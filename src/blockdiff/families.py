@@ -140,7 +140,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "SDLM",
-        marks=("text_mask_token_id", "causal_attn"),
+        marks=("text_mask_token_id",),
         prediction=Fact("shift", "OpenGVLab/SDLM, sdlm_inference.py"),
         boundary=Fact("seed", "OpenGVLab/SDLM, sdlm_inference.py"),
         clean_context=Fact("context_causal", "OpenGVLab/SDLM, sdlm_qwen2_5"),

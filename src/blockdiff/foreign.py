@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -30,6 +30,7 @@ from blockdiff.objectives import Alignment
 
 _NEEDED = ("prediction", "clean_context", "block_size", "mask_id")
 _ROPE = ("rope_parameters", "rope_theta", "rope_scaling")
+_OF_DIFFUSION = ("mask_token_id", "text_mask_token_id", "block_size", "bd_size")
 # keys that a config class takes without listing them among its own
 _TAKEN = ("head_dim", "max_window_layers")
 # what transformers raises, by its version and by the key, for a config or a tokenizer that it cannot build
@@ -110,11 +111,17 @@ class Foreign:
 def read_foreign(path: str | Path) -> Foreign | None:
     """The checkpoint at a path or hub name as one of another project's; None where the table does not know it.
 
-    Raises UnsupportedModel for a family that blockdiff cannot load, and for a config that it does not understand.
+    Raises UnsupportedModel for a family that blockdiff cannot load, for a config that it does not understand, and for
+    one that is of no family and of no AR model of transformers either, unless a `block_diffusion.json` describes it.
     """
     stated = _stated(path)
-    family = None if stated is None else family_of(stated)
-    if stated is None or family is None:
+    if stated is None:
+        return None
+    family = family_of(stated)
+    if family is None:
+        problem = not_plain(stated)
+        if problem and _file(path, SPEC_FILE) is None:
+            raise UnsupportedModel(f"{path}: {problem}")
         return None
     return Foreign(str(path), family, stated, backbone_config(str(path), family, stated))
 
@@ -125,9 +132,35 @@ def foreign_family(path: str | Path) -> Family | None:
     return None if stated is None else family_of(stated)
 
 
+def not_plain(stated: Mapping[str, Any]) -> str:
+    """Why a config with the model type of a decoder in transformers is more than that decoder; empty: it is not."""
+    kind = stated.get("model_type")
+    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return ""
+    plain = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[kind]].__name__
+    code = stated.get("auto_map")
+    named = [code.get("AutoModelForCausalLM")] if isinstance(code, dict) else []
+    classes = [*(stated.get("architectures") or ()), *(str(name).rpartition(".")[2] for name in named if name)]
+    others = [f"architecture {name}" for name in dict.fromkeys(classes) if name.casefold() != plain.casefold()]
+    own = CONFIG_MAPPING[kind]().to_dict()
+    others += [f"{key} {stated[key]}" for key in _OF_DIFFUSION if stated.get(key) is not None and key not in own]
+    if not others:
+        return ""
+    return (
+        f"its config has {', '.join(others)}, and transformers' {kind} is {plain}, an AR model: its prediction, clean "
+        f"context, block size and mask id would be needed; if its weights are those of {plain}, write a {SPEC_FILE} "
+        "beside them that says the four (docs/checkpoints.md)"
+    )
+
+
 def _stated(path: str | Path) -> dict[str, Any] | None:
-    file = cached_file(str(path), "config.json", _raise_exceptions_for_missing_entries=False)
-    return None if file is None else read_config(Path(file))
+    file = _file(path, "config.json")
+    return None if file is None else read_config(file)
+
+
+def _file(path: str | Path, name: str) -> Path | None:
+    file = cached_file(str(path), name, _raise_exceptions_for_missing_entries=False)
+    return None if file is None else Path(file)
 
 
 def read_config(file: Path) -> dict[str, Any]:

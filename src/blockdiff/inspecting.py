@@ -20,7 +20,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from blockdiff.attention import UnsupportedModel
 from blockdiff.distributions import to_dict
 from blockdiff.families import Fact, Family, family_of
-from blockdiff.foreign import Foreign, backbone_config, conventions, read_config
+from blockdiff.foreign import Foreign, backbone_config, conventions, not_plain, read_config
 from blockdiff.loading import load_tokenizer, reading
 from blockdiff.model import SPEC_FILE, Spec
 
@@ -200,27 +200,28 @@ def _plain(folder: Path, stated: Mapping[str, Any], weights: Weights, own: Spec 
     """One of ours, an AR model of transformers, or something that the table does not know."""
     kind = stated.get("model_type")
     causal = kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING
-    problem = "" if weights.files else "no .safetensors weights"
+    more = not_plain(stated) if own is None else ""
+    problem = more or ("" if weights.files else "no .safetensors weights")
     if not causal:
         problem = (
             f"model type {kind!r} is no decoder of transformers, and blockdiff's table of families does not know it: "
             "its conventions and a class for its weights would be needed"
         )
-    name = "unknown" if not causal else "an AR model (block size 1 until it is trained on)"
+    name = "unknown" if more or not causal else "an AR model (block size 1 until it is trained on)"
     if own is not None and causal:
         name = "a block diffusion model of blockdiff" if own.is_diffusion else "an AR model of blockdiff"
     known = {} if own is None else _said(own)
-    if own is None and causal:
+    if own is None and causal and not more:
         known = {name: Fact(value, f"transformers' {kind} as it is") for name, value in _AR.items()}
     tokenizer = None
-    if causal:
+    if causal and not more:
         try:
             with reading(folder):
                 AutoConfig.from_pretrained(folder, trust_remote_code=False)
             tokenizer = load_tokenizer(folder)
         except UnsupportedModel as error:
             problem = str(error).removeprefix(f"{folder}: ")
-    return _inspection(folder, stated, weights, name, str(kind) if causal else "", known, tokenizer, problem, "")
+    return _inspection(folder, stated, weights, name, str(kind) if causal and not more else "", known, tokenizer, problem, "")
 
 
 def _inspection(
