@@ -391,6 +391,25 @@ def test_the_commands_of_the_page_run(folder, trained, tmp_path, monkeypatch, ca
         assert code == 0, f"{command}: {error}"
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{", "no JSON"),
+        ('{"max_denoising_steps": "many"}', "must be a positive integer"),
+        ('{"sampler_config": {"_cls_name": "Other", "entropy_bound": 0.3}}', "has no attribute 'Other'"),
+        ('{"sampler_config": {"entropy_bound": 0.3}}', "cannot be read"),
+        ('{"temperature": 0.5}', "temperature"),
+        ('{"t_max": 0}', "its sampler cannot run so"),
+    ],
+)
+def test_damaged_settings_are_refused_instead_of_replaced(copy, settings, message, capsys):
+    (copy / "generation_config.json").write_text(settings)
+    with pytest.raises(UnsupportedModel, match=f"generation_config.json: .*{message}"):
+        load_writer(copy)
+    code, _, error = run("generate", copy, "--prompt", "the cat", capsys=capsys)
+    assert (code, error.count("\n")) == (2, 1)
+
+
 def test_damaged_checkpoints_are_refused(copy):
     (copy / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(UnsupportedModel, match="its config and weights cannot be read"):

@@ -306,6 +306,19 @@ def test_what_was_converted_can_be_saved(opened, tmp_path):
     assert again.end_ids == expected.get(opened.folder.name, ())
 
 
+@pytest.mark.parametrize("name", ["sdar", "llada2", "bd3lm"])
+def test_texts_end_where_the_settings_of_generation_say(tmp_path, name):
+    write(name, tmp_path / name)
+    settings = tmp_path / name / "generation_config.json"
+    settings.write_text(json.dumps({"eos_token_id": [11, 12], "pad_token_id": 3}))
+    assert load(tmp_path / name).end_ids == (11, 12)
+    for damaged, words in (("{", "no JSON"), ('{"eos_token_id": "end"}', "'end' are no tokens; correct it")):
+        settings.write_text(damaged)
+        with pytest.raises(UnsupportedModel, match=f"generation_config.json: .*{words}"):
+            load(tmp_path / name)
+        assert words in inspect(tmp_path / name).problem
+
+
 def test_converted_weights_come_from_the_hub_too(tmp_path, monkeypatch):
     state = write("bd3lm", tmp_path / "copy")
     here = read_foreign(tmp_path / "copy")

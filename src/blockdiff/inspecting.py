@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -21,7 +22,7 @@ from blockdiff.attention import UnsupportedModel
 from blockdiff.distributions import to_dict
 from blockdiff.families import Fact, Family, family_of
 from blockdiff.foreign import Foreign, backbone_config, conventions, not_plain, read_config
-from blockdiff.loading import load_tokenizer, reading
+from blockdiff.loading import generation_settings, load_tokenizer, reading
 from blockdiff.model import SPEC_FILE, Spec
 
 _NAMES = ("prediction", "boundary", "clean_context", "block_size", "mask_id")
@@ -155,6 +156,8 @@ def _foreign(folder: Path, stated: Mapping[str, Any], weights: Weights, own: Spe
     where, tokenizer, known, problem = str(folder), None, {}, "" if weights.files else "no .safetensors weights"
     try:
         config = None if family.needs else backbone_config(where, family, stated)
+        if config is not None:
+            generation_settings(folder)
         tokenizer = load_tokenizer(folder, config) if config is not None else None
         known = {**conventions(where, family, stated, tokenizer), **family.others}
         if family.commands:
@@ -182,6 +185,7 @@ def _by_itself(
 ) -> Inspection:
     """A checkpoint that transformers' own `generate` runs, with the settings of its sampler."""
     file = folder / "generation_config.json"
+    generation_settings(folder, getattr(transformers, family.reader).generation_config_class)
     settings = read_config(file) if file.is_file() else {}
     said = ", ".join(f"{name} {settings[name]}" for name in _SAMPLER if settings.get(name) is not None)
     sampler = (
@@ -218,10 +222,13 @@ def _plain(folder: Path, stated: Mapping[str, Any], weights: Weights, own: Spec 
         try:
             with reading(folder):
                 AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            generation_settings(folder)
             tokenizer = load_tokenizer(folder)
         except UnsupportedModel as error:
             problem = str(error).removeprefix(f"{folder}: ")
-    return _inspection(folder, stated, weights, name, str(kind) if causal and not more else "", known, tokenizer, problem, "")
+    return _inspection(
+        folder, stated, weights, name, str(kind) if causal and not more else "", known, tokenizer, problem, ""
+    )
 
 
 def _inspection(

@@ -21,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -28,7 +29,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from blockdiff.attention import NAMES, Implementation, UnsupportedModel
-from blockdiff.foreign import UNBUILDABLE, Foreign, read_foreign
+from blockdiff.foreign import UNBUILDABLE, Foreign, read_config, read_foreign
 from blockdiff.model import SPEC_FILE, BlockDiffusionModel, Spec
 from blockdiff.probe import probe
 
@@ -82,8 +83,11 @@ def load(
     with reading(path):
         spec_file = cached_file(str(path), SPEC_FILE, _raise_exceptions_for_missing_entries=False)
         foreign = read_foreign(path)
+        settings = generation_settings(path)
         backbone, found = _read(path, foreign, dtype)
     check_whole(path, found)
+    if settings is not None and foreign is not None:
+        backbone.generation_config = settings  # which transformers reads for its own classes alone
     spec = Spec.from_json(Path(spec_file)) if spec_file else None
     tokenizer = load_tokenizer(path, None if foreign is None else foreign.config)
     if foreign is not None:
@@ -133,6 +137,26 @@ def _read(
     if backbone.dtype == torch.float64 and hasattr(backbone, "set_experts_implementation"):
         backbone.set_experts_implementation("eager")  # the grouped kernels have no float64
     return backbone, found
+
+
+def generation_settings(path: str | Path, kind: type[GenerationConfig] = GenerationConfig) -> GenerationConfig | None:
+    """The generation_config.json saved with a checkpoint, which says what ends a text, or None where there is none.
+
+    Raises UnsupportedModel for a damaged one, which transformers would pass over.
+    """
+    file = cached_file(str(path), "generation_config.json", _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return None
+    read_config(Path(file))
+    try:
+        found = kind.from_pretrained(path)
+    except (OSError, *UNBUILDABLE) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UnsupportedModel(f"{file}: cannot be read ({reason}); correct it or take it out") from error
+    ends = found.eos_token_id
+    if any(type(end) is not int for end in (ends if isinstance(ends, list) else [ends]) if ends is not None):
+        raise UnsupportedModel(f"{file}: eos_token_id: {ends!r} are no tokens; correct it or take it out")
+    return found
 
 
 def load_tokenizer(path: str | Path, config: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase | None:
