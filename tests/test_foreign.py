@@ -132,6 +132,17 @@ def test_sdar_directories_load_with_the_conventions_of_the_table(sdar):
             "contradicts itself: rope_scaling",
         ),
         ({"vocab_size": "many"}, "does not fit transformers' qwen3"),
+        ({"vocab_size": 0}, "config.json: vocab_size would be 0; copy the checkpoint again"),
+        ({"num_attention_heads": 0}, "config.json: num_attention_heads would be 0"),
+        ({"num_key_value_heads": 0}, "config.json: num_key_value_heads would be 0"),
+        ({"max_position_embeddings": 0}, "config.json: max_position_embeddings would be 0"),
+        ({"use_sliding_window": True, "sliding_window": 0}, "config.json: sliding_window would be 0"),
+        ({"layer_types": ["sliding_attention"] * 3}, "layer_types has sliding_attention, and no sliding window is in"),
+        ({"hidden_act": "foo"}, r"cannot be read \('foo'\)"),
+        ({"rope_scaling": {"rope_type": "foo"}}, r"cannot be read \('foo'\)"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": "x"}}, "cannot be read"),
+        ({"pad_token_id": 10**9}, "cannot be read"),
+        ({"block_size": 65}, "blocks of 65 .config.json, block_size. are longer than its context of 64"),
     ],
 )
 def test_configs_that_are_not_understood_are_refused(copy, changes, message):
@@ -185,6 +196,8 @@ def test_a_description_beside_the_weights_must_agree(copy):
         load(copy)
     (copy / "block_diffusion.json").write_text(json.dumps(SDAR.to_json()))
     assert load(copy).spec == SDAR
+    with pytest.raises(UnsupportedModel, match="says blocks of 4, but they are 8 according to config"):
+        load(rewrite(copy, block_size=8))
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
@@ -207,6 +220,35 @@ def test_fast_dllm_loads_as_shifted_qwen2(tmp_path):
     spec = load(folder).spec
     assert (spec.mask_id, spec.alignment, spec.layout) == (151665, Alignment("shift", "noisy"), Fixed(16, 15))
     assert "blocks of 8" in inspect(folder).note
+
+
+def test_a_mask_id_must_have_a_row(tmp_path):
+    tiny.backbone("qwen3", dtype=torch.float32, rope_parameters=ROPE).save_pretrained(tmp_path / "small")
+    folder = rewrite(tmp_path / "small", model_type="sdar", architectures=["SDARForCausalLM"])
+    message = "mask id 151669 lies beyond the model's 37 embedding rows"
+    with pytest.raises(UnsupportedModel, match=message):
+        load(folder)
+    assert message in inspect(folder).problem
+
+
+def test_the_weights_of_ar_models_are_compared_too(tmp_path):
+    folder = write(tmp_path / "plain", "llama")
+    whole = load_file(folder / "model.safetensors")
+    changed = {
+        "1 weights are missing, among them model.norm.weight": {
+            n: w for n, w in whole.items() if n != "model.norm.weight"
+        },
+        r"\[7\], and \[8\] by its config.json": {**whole, "model.norm.weight": torch.ones(7)},
+    }
+    for message, weights in changed.items():
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UnsupportedModel):
+            load(folder)
+        assert re.search(message, inspect(folder).problem)
+    save_file({**whole, "model.extra.weight": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+    note = "weights that its class in transformers has no place for are left out, among them model.extra.weight"
+    assert note in load(folder).notes
+    assert (inspect(folder).loads, inspect(folder).note) == (True, note)
 
 
 def test_mixtures_of_experts_load_too(tmp_path):

@@ -30,6 +30,24 @@ from blockdiff.objectives import Alignment
 
 _NEEDED = ("prediction", "clean_context", "block_size", "mask_id")
 _ROPE = ("rope_parameters", "rope_theta", "rope_scaling")
+_SIZES = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "sliding_window",
+    "n_routed_experts",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "n_group",
+    "topk_group",
+    "decoder_sparse_step",
+]
 _OF_DIFFUSION = ("mask_token_id", "text_mask_token_id", "block_size", "bd_size")
 # keys that a config class takes without listing them among its own
 _TAKEN = ("head_dim", "max_window_layers")
@@ -88,7 +106,14 @@ class Foreign:
         known = conventions(self.where, self.family, self.stated, tokenizer)
         if own is not None:
             _check_own(self.where, own, known)
-            return own
+        spec = own or self._spec(known, context_length)
+        if spec.mask_id is not None and spec.mask_id >= self.config.vocab_size:
+            raise UnsupportedModel(
+                f"{self.where}: mask id {spec.mask_id} lies beyond the model's {self.config.vocab_size} embedding rows"
+            )
+        return spec
+
+    def _spec(self, known: Mapping[str, Fact], context_length: int) -> Spec:
         missing = [name for name in _NEEDED if name not in known]
         if missing:
             raise UnsupportedModel(
@@ -97,6 +122,11 @@ class Foreign:
             )
         said = {name: known[name].value for name in ("prediction", "boundary") if name in known}
         size = known["block_size"].value
+        if size > context_length:
+            raise UnsupportedModel(
+                f"{self.where}: blocks of {size} ({known['block_size'].source}) are longer than its context of "
+                f"{context_length}"
+            )
         return Spec(
             mask_id=known["mask_id"].value,
             clean_context=known["clean_context"].value,
@@ -225,12 +255,31 @@ def backbone_config(where: str, family: Family, stated: Mapping[str, Any]) -> Pr
     special = {key: value for key, value in stated.items() if key.endswith("_token_id") and key != family.mask_key}
     dtype = stated.get("dtype") or stated.get("torch_dtype")
     try:
-        return AutoConfig.for_model(family.backbone, **{**taken, **special}, dtype=dtype)
+        config = AutoConfig.for_model(family.backbone, **{**taken, **special}, dtype=dtype)
     except UNBUILDABLE as error:
         reason = " ".join(str(error).split())[:300]
         raise UnsupportedModel(
             f"{where}: config.json does not fit transformers' {family.backbone} ({reason})"
         ) from error
+    _check_sizes(where, config)
+    return config
+
+
+def _check_sizes(where: str, config: PreTrainedConfig) -> None:
+    """What transformers' config classes let through and their networks stumble over."""
+    for name in _SIZES:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value < 1:
+            raise UnsupportedModel(f"{where}: config.json: {name} would be {value}; copy the checkpoint again")
+    experts, chosen = getattr(config, "num_experts", None), getattr(config, "num_experts_per_tok", None)
+    if experts is not None and chosen is not None and chosen > experts:
+        raise UnsupportedModel(f"{where}: config.json: {chosen} experts for each token, and there are {experts}")
+    kinds = getattr(config, "layer_types", None) or ()
+    if "sliding_attention" in kinds and getattr(config, "sliding_window", None) is None:
+        raise UnsupportedModel(
+            f"{where}: config.json contradicts itself: layer_types has sliding_attention, and no sliding window is in "
+            "use; take out the wrong one"
+        )
 
 
 def _settings(family: Family) -> set[str]:
@@ -289,10 +338,24 @@ def _check_mask(where: str, known: Fact | None, value: int, source: str) -> None
 
 
 def _check_own(where: str, own: Spec, known: Mapping[str, Fact]) -> None:
-    said = {"prediction": own.alignment.prediction, "clean_context": own.clean_context, "mask_id": own.mask_id}
+    said: dict[str, Any] = {
+        "prediction": own.alignment.prediction,
+        "clean_context": own.clean_context,
+        "mask_id": own.mask_id,
+    }
+    if own.alignment.shift:
+        said["boundary"] = own.alignment.boundary
     for name, value in said.items():
         if name in known and known[name].value != value:
             raise UnsupportedModel(
                 f"{where}: {SPEC_FILE} says {name} {value}, but it is {known[name].value} according to "
                 f"{known[name].source}; correct the file or take it out"
             )
+    size = known.get("block_size")
+    if size is None or not size.source.startswith("config.json") or not isinstance(own.layout, Fixed):
+        return  # the family's usual size binds nobody
+    if size.value not in (own.layout.size, own.default_block_size):
+        raise UnsupportedModel(
+            f"{where}: {SPEC_FILE} says blocks of {own.layout.size}, but they are {size.value} according to "
+            f"{size.source}; correct the file or take it out"
+        )

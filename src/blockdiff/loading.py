@@ -110,6 +110,8 @@ def load(
         assert model.adapter is not None
         model.adapter.load(Path(spec_file).parent, model.backbone)
         model.eval()
+    if found["unexpected_keys"]:
+        model.notes.append(left_out(found))
     if foreign is not None and not spec_file:
         model.notes.append(foreign.family.advice(sized=foreign.family.block_key in foreign.stated))
     if spec is None and not add_mask:
@@ -271,11 +273,24 @@ def reading(path: str | Path) -> Iterator[None]:
 
 def check_whole(path: str | Path, found: dict[str, Any]) -> None:
     """Raise UnsupportedModel where transformers found weights missing."""
-    if found["missing_keys"]:  # transformers would go on with random numbers in their places
+    if problem := lacking(found):  # transformers would go on with random numbers in their places
+        raise UnsupportedModel(f"{path}: {problem}")
+
+
+def lacking(found: dict[str, Any]) -> str:
+    """Which weights transformers missed in a checkpoint, or found in another shape; empty: none."""
+    if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
-        raise UnsupportedModel(
-            f"{path}: {len(missing)} weights are missing, among them {missing[0]}; take a whole copy"
-        )
+        return f"{len(missing)} weights are missing, among them {missing[0]}; take a whole copy"
+    for name, shape, wanted in sorted(found["mismatched_keys"])[:1]:
+        return f"{name} is {list(shape)}, and {list(wanted)} by its config.json"
+    return ""
+
+
+def left_out(found: dict[str, Any]) -> str:
+    """Which weights of a checkpoint transformers' class leaves out; empty: none."""
+    odd = found["unexpected_keys"]
+    return f"weights that its class in transformers has no place for are left out, among them {min(odd)}" if odd else ""
 
 
 def _check_directory(path: Path) -> None:

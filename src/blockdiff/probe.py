@@ -59,13 +59,13 @@ def _influence(model: BlockDiffusionModel) -> tuple[Tensor, TokenMap]:
     batch = tokens.map(lambda tensor: tensor.expand(slots + 2, -1)).to(model.device)
     try:
         logits = model(rows.to(model.device), batch).view(slots + 2, slots, -1).float()
-    except torch.OutOfMemoryError:
+    except (UnsupportedModel, torch.OutOfMemoryError):
         raise
-    except RuntimeError as error:
+    except (RuntimeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UnsupportedModel(
             f"{model.backbone.config.model_type} does not run in {str(model.dtype).removeprefix('torch.')} on "
-            f"{model.device.type} ({reason}); try another dtype"
+            f"{model.device.type} ({reason}); try another dtype, or a config that fits it"
         ) from error
     if model.spec.mask_id is not None:
         logits[..., model.spec.mask_id] = 0
