@@ -22,6 +22,7 @@ from blockdiff.adapters import Adapter
 from blockdiff.attention import UnsupportedModel
 from blockdiff.distributions import Fixed
 from blockdiff.export import export_sdar
+from blockdiff.families import FAMILIES
 from blockdiff.inspecting import inspect
 from blockdiff.layout import Layout, TokenMap
 from blockdiff.loading import attach, load
@@ -298,6 +299,34 @@ def test_what_cannot_be_loaded_is_named_with_what_it_would_take(tmp_path, config
     assert (found.family, found.loads, found.weights.parameters) == (family, False, 6)
     with pytest.raises(UnsupportedModel, match=f"{family} is not loaded; it would need .*{needed}"):
         load(tmp_path)
+
+
+def conventions_of_the_page() -> dict[str, list[str]]:
+    """Rows of the table of families: every name and model type -> its cells."""
+    page = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
+    lines = page.partition("| family | `model_type` |")[2].split("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {name: row for row in rows for name in (row[0], *re.findall(r"`([^`]+)`", row[1]))}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_page_says_what_the_table_of_families_says(family):
+    rows = conventions_of_the_page()
+    _, _, read_by, prediction, clean, block, mask, loads = rows[(*family.model_types, family.name)[0]]
+    boundary = [] if family.boundary is None else [family.boundary.value]
+    assert prediction.split(", ") == [family.prediction.value, *boundary]
+    stated = family.clean_context.value.replace("_", "-") if family.clean_context is not None else "not in the config"
+    assert clean.startswith(stated)
+    assert clean == stated or family.clean_context is None
+    usual = "config" if family.block_size is None else f"config, else {family.block_size.value}"
+    assert block == ("" if stated == "full" else usual)
+    unsaid = "none" if family.others else "config" if family.marks else "tokenizer's"
+    assert mask == (unsaid if family.mask_id is None else str(family.mask_id.value))
+    assert loads.startswith("for" if family.commands else "no" if family.needs else ("yes", "with"))
+    assert (loads == "yes") == (not family.needs and family.clean_context is not None)
+    if loads == "yes":
+        reader = "gpt_neox" if family.conversion is not None and family.name == "BD3-LM" else family.backbone
+        assert f"`{reader}`" in read_by
 
 
 def test_inspect_tells_ours_from_ar_models_and_from_the_unknown(trained, tmp_path, capsys):
