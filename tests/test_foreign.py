@@ -86,7 +86,9 @@ def test_sdar_directories_load_with_the_conventions_of_the_table(sdar):
     assert type(model.backbone).__name__ == "Qwen3ForCausalLM"
     assert (spec.mask_id, spec.clean_context, spec.alignment.prediction) == (MASK, "block_causal", "same")
     assert spec.default_block_size == 4
-    assert any("prompts are read token by token" in note for note in model.notes)
+    for words in ("prompts are read token by token", "gives its causal verifier this architecture's name"):
+        assert any(words in note for note in model.notes)
+        assert words in inspect(sdar).note
 
     network = tiny.backbone("qwen3", rope_parameters=ROPE, **SMALL)
     network.load_state_dict({name: tensor.double() for name, tensor in load_file(sdar / "model.safetensors").items()})
@@ -256,6 +258,10 @@ def test_mixtures_of_experts_load_too(tmp_path):
     folder = write(tmp_path / "moe", "qwen3_moe", model_type="sdar_moe", num_local_experts=None, num_experts=4)
     assert type(load(folder).backbone).__name__ == "Qwen3MoeForCausalLM"
     assert inspect(folder).loads
+    said = "config.json does not say norm_topk_prob, and those who read it take different values"
+    with pytest.raises(UnsupportedModel, match=said):
+        load(rewrite(folder, norm_topk_prob=None))
+    rewrite(folder, norm_topk_prob=True)
     weights = load_file(folder / "model.safetensors")
     name = next(name for name in weights if name.endswith("experts.3.up_proj.weight"))
     bent = {**weights, name: weights[name][:-1].contiguous()}

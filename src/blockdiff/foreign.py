@@ -246,6 +246,12 @@ def backbone_config(where: str, family: Family, stated: Mapping[str, Any]) -> Pr
             f"{where}: config.json has keys that blockdiff does not know for {family.name}: {', '.join(unknown)}; find "
             "out from the model's own code what they do, and take out those that change nothing at inference"
         )
+    unsaid = [key for key in family.stated if stated.get(key) is None]
+    if unsaid:
+        raise UnsupportedModel(
+            f"{where}: config.json does not say {', '.join(unsaid)}, and those who read it take different values; add "
+            "what the checkpoint was trained with"
+        )
     _check_rope_types(where, stated)
     if family.conversion is None:
         taken = {key: value for key, value in stated.items() if key in settings and key not in _ROPE}
