@@ -8,6 +8,7 @@ Shapes: T tokens of one text, H width, V vocabulary; sees [T, T] says which toke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -21,7 +22,8 @@ Network = Callable[[Tensor, Tensor], Tensor]  # ids [T], sees [T, T] -> logits [
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a tiny network. rotary: how many numbers of a head turn with the position."""
+    """Sizes and settings of a tiny network. rotary: how many numbers of a head turn with the position; yarn: factor and
+    length before it, where the positions are scaled so."""
 
     layers: int = 2
     width: int = 16
@@ -34,6 +36,9 @@ class Shape:
     experts: int = 0
     chosen: int = 2
     expert_inner: int = 12
+    eps: float = 1e-6
+    yarn: tuple[float, int] | None = None
+    activation: Callable[[Tensor], Tensor] = F.silu
 
 
 def random_state(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
@@ -57,13 +62,28 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
 
 
-def turned(x: Tensor, rotary: int, theta: float) -> Tensor:
+def turned(x: Tensor, rotary: int, theta: float, yarn: tuple[float, int] | None = None) -> Tensor:
     """Rotary positions for x [heads, T, size]: number i of the first half turns with number i of the second."""
     half = rotary // 2
-    speed = theta ** (-torch.arange(half, dtype=x.dtype) / half)
+    speed, longer = theta ** (-torch.arange(half, dtype=x.dtype) / half), 1.0
+    if yarn is not None:
+        speed, longer = scaled(speed, theta, *yarn), 0.1 * math.log(yarn[0]) + 1
     angle = torch.arange(x.shape[1], dtype=x.dtype)[:, None] * speed
+    cos, sin = longer * angle.cos(), longer * angle.sin()
     a, b, rest = x[..., :half], x[..., half:rotary], x[..., rotary:]
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), rest], -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+def scaled(speed: Tensor, theta: float, factor: float, length: int) -> Tensor:
+    """YaRN (arXiv 2309.00071): what turns less than once in the length it was trained with turns `factor` times slower,
+    what turns more than 32 times as before, and between them a ramp over the numbers of the head."""
+
+    def number(turns: int) -> float:
+        return len(speed) * math.log(length / (2 * math.pi * turns)) / math.log(theta)
+
+    low, high = max(math.floor(number(32)), 0), min(math.ceil(number(1)), 2 * len(speed) - 1)
+    ramp = ((torch.arange(len(speed)) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return speed * (1 - ramp) + speed / factor * ramp
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> Tensor:
@@ -75,9 +95,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> Tensor:
     return mixed.transpose(0, 1).flatten(1)
 
 
-def swiglu(state: State, prefix: str, x: Tensor) -> Tensor:
+def swiglu(state: State, prefix: str, x: Tensor, activation: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
     gate, up = x @ state[f"{prefix}gate_proj.weight"].T, x @ state[f"{prefix}up_proj.weight"].T
-    return (F.silu(gate) * up) @ state[f"{prefix}down_proj.weight"].T
+    return (activation(gate) * up) @ state[f"{prefix}down_proj.weight"].T
 
 
 def experts(state: State, prefix: str, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
@@ -93,20 +113,23 @@ def experts(state: State, prefix: str, x: Tensor, chosen: Tensor, weight: Tensor
 
 
 def qwen_shapes(
-    shape: Shape, vocabulary: int, *, norms: bool = False, biases: bool = False
+    shape: Shape, vocabulary: int, *, norms: bool = False, biases: str = "", tied: bool = False
 ) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights; norms: of queries and keys (Qwen3); biases: of queries, keys, values (Qwen2)."""
+    """Names and shapes of the weights; norms: of queries and keys (Qwen3); biases: of which projections (Qwen2: qkv);
+    tied: the head is the embedding."""
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, shape.width)}
     for number in range(shape.layers):
         at = f"model.layers.{number}."
         rows = {"q": shape.heads * shape.size, "k": shape.pairs * shape.size, "v": shape.pairs * shape.size}
         found |= {f"{at}{name}_layernorm.weight": (shape.width,) for name in ("input", "post_attention")}
         found |= {f"{at}self_attn.{name}_proj.weight": (count, shape.width) for name, count in rows.items()}
-        found |= {f"{at}self_attn.{name}_proj.bias": (count,) for name, count in rows.items() if biases}
+        found |= {f"{at}self_attn.{name}_proj.bias": (count,) for name, count in rows.items() if name in biases}
         found |= {f"{at}self_attn.{name}_norm.weight": (shape.size,) for name in "qk" if norms}
         found[f"{at}self_attn.o_proj.weight"] = (shape.width, rows["q"])
+        found |= {f"{at}self_attn.o_proj.bias": (shape.width,)} if "o" in biases else {}
         found |= moe_shapes(shape, f"{at}mlp.") if shape.experts else mlp_shapes(f"{at}mlp.", shape.width, shape.inner)
-    return found | {"model.norm.weight": (shape.width,), "lm_head.weight": (vocabulary, shape.width)}
+    head = {} if tied else {"lm_head.weight": (vocabulary, shape.width)}
+    return found | {"model.norm.weight": (shape.width,), **head}
 
 
 def mlp_shapes(prefix: str, width: int, inner: int) -> dict[str, tuple[int, ...]]:
@@ -128,27 +151,32 @@ def qwen(state: State, shape: Shape) -> Network:
         y = x @ state[f"{at}{name}_proj.weight"].T + state.get(f"{at}{name}_proj.bias", 0)
         y = y.view(len(x), count, shape.size).transpose(0, 1)
         norm = state.get(f"{at}{name}_norm.weight")
-        y = y if norm is None else rms_norm(y, norm)
-        return y if name == "v" else turned(y, shape.rotary, shape.theta)
+        y = y if norm is None else rms_norm(y, norm, shape.eps)
+        return y if name == "v" else turned(y, shape.rotary, shape.theta, shape.yarn)
 
     def mixture(at: str, x: Tensor) -> Tensor:
         """Softmax over all experts, the best k of them, their shares made to sum to one."""
         share, chosen = (x @ state[f"{at}gate.weight"].T).softmax(-1).topk(shape.chosen, -1)
         return experts(state, at, x, chosen, share / share.sum(-1, keepdim=True))
 
+    def dense(at: str, x: Tensor) -> Tensor:
+        return swiglu(state, at, x, shape.activation)
+
     def network(ids: Tensor, sees: Tensor) -> Tensor:
         x = state["model.embed_tokens.weight"][ids]
         for number in range(shape.layers):
             at = f"model.layers.{number}."
-            y = rms_norm(x, state[f"{at}input_layernorm.weight"])
+            y = rms_norm(x, state[f"{at}input_layernorm.weight"], shape.eps)
             q, k, v = (
                 heads(f"{at}self_attn.", y, name, count)
                 for name, count in (("q", shape.heads), ("k", shape.pairs), ("v", shape.pairs))
             )
-            x = x + attention(q, k, v, sees) @ state[f"{at}self_attn.o_proj.weight"].T
-            y = rms_norm(x, state[f"{at}post_attention_layernorm.weight"])
-            x = x + (mixture if shape.experts else lambda at, y: swiglu(state, at, y))(f"{at}mlp.", y)
-        return rms_norm(x, state["model.norm.weight"]) @ state["lm_head.weight"].T
+            bias = state.get(f"{at}self_attn.o_proj.bias", 0)
+            x = x + attention(q, k, v, sees) @ state[f"{at}self_attn.o_proj.weight"].T + bias
+            y = rms_norm(x, state[f"{at}post_attention_layernorm.weight"], shape.eps)
+            x = x + (mixture if shape.experts else dense)(f"{at}mlp.", y)
+        head = state.get("lm_head.weight", state["model.embed_tokens.weight"])
+        return rms_norm(x, state["model.norm.weight"], shape.eps) @ head.T
 
     return network
 

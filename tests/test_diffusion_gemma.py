@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_cli import run
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSamplerConfig
@@ -20,6 +21,7 @@ from blockdiff import UnsupportedModel, load_writer
 from blockdiff.decode import Sampling
 from blockdiff.diffusion_gemma import DiffusionGemma
 from blockdiff.engine import Step
+from blockdiff.inspecting import inspect
 from blockdiff.loading import load_tokenizer
 
 # transformers' generate imports torch's compiler, which warns of itself
@@ -389,6 +391,36 @@ def test_the_commands_of_the_page_run(folder, trained, tmp_path, monkeypatch, ca
         limit = [] if words[0] == "inspect" else ["--max-new-tokens", 8]
         code, _, error = run(*words, *limit, capsys=capsys)
         assert code == 0, f"{command}: {error}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{", "no JSON"),
+        ('{"max_denoising_steps": "many"}', "must be a positive integer"),
+        ('{"sampler_config": {"_cls_name": "Other", "entropy_bound": 0.3}}', "has no attribute 'Other'"),
+        ('{"sampler_config": {"entropy_bound": 0.3}}', "cannot be read"),
+        ('{"temperature": 0.5}', "temperature"),
+        ('{"t_max": 0}', "its sampler cannot run so"),
+    ],
+)
+def test_damaged_settings_are_refused_instead_of_replaced(copy, settings, message, capsys):
+    (copy / "generation_config.json").write_text(settings)
+    with pytest.raises(UnsupportedModel, match=f"generation_config.json: .*{message}"):
+        load_writer(copy)
+    code, _, error = run("generate", copy, "--prompt", "the cat", capsys=capsys)
+    assert (code, error.count("\n")) == (2, 1)
+
+
+def test_inspect_sees_that_weights_are_missing(copy):
+    weights = load_file(copy / "model.safetensors")
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    save_file({n: w for n, w in weights.items() if n != name}, copy / "model.safetensors", {"format": "pt"})
+    found = inspect(copy)
+    assert not found.loads
+    assert "weights are missing" in found.problem
+    with pytest.raises(UnsupportedModel, match="weights are missing"):
+        load_writer(copy)
 
 
 def test_damaged_checkpoints_are_refused(copy):

@@ -22,6 +22,7 @@ from blockdiff.adapters import Adapter
 from blockdiff.attention import UnsupportedModel
 from blockdiff.distributions import Fixed
 from blockdiff.export import export_sdar
+from blockdiff.families import FAMILIES
 from blockdiff.inspecting import inspect
 from blockdiff.layout import Layout, TokenMap
 from blockdiff.loading import attach, load
@@ -85,7 +86,9 @@ def test_sdar_directories_load_with_the_conventions_of_the_table(sdar):
     assert type(model.backbone).__name__ == "Qwen3ForCausalLM"
     assert (spec.mask_id, spec.clean_context, spec.alignment.prediction) == (MASK, "block_causal", "same")
     assert spec.default_block_size == 4
-    assert any("prompts are read token by token" in note for note in model.notes)
+    for words in ("prompts are read token by token", "gives its causal verifier this architecture's name"):
+        assert any(words in note for note in model.notes)
+        assert words in inspect(sdar).note
 
     network = tiny.backbone("qwen3", rope_parameters=ROPE, **SMALL)
     network.load_state_dict({name: tensor.double() for name, tensor in load_file(sdar / "model.safetensors").items()})
@@ -119,10 +122,30 @@ def test_sdar_directories_load_with_the_conventions_of_the_table(sdar):
         ({"rope_theta": None}, "has no rope_theta, and 10000 would be taken"),
         ({"rope_parameters": {**ROPE, "rope_theta": 1e4}}, "contradicts itself: rope_theta 500000.0, in rope_param"),
         (
+            {"rope_scaling": {"rope_type": "default", "rope_theta": 1e4}},
+            r"contradicts itself: rope_theta 500000.0, in rope_scaling 10000.0; take out",
+        ),
+        ({"rope_theta": "1000000"}, "rope_theta: '1000000' is no base of rotary positions"),
+        ({"rope_theta": [1]}, r"rope_theta: \[1\] is no base of rotary positions"),
+        ({"rope_parameters": {**ROPE, "rope_theta": True}}, "rope_theta: True is no base of rotary positions"),
+        ({"rope_parameters": [1]}, r"rotary positions: \[1\] is no object of settings"),
+        ({"rope_scaling": "yarn"}, "rotary positions: 'yarn' is no object of settings"),
+        (
             {"rope_parameters": ROPE, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
             "contradicts itself: rope_scaling",
         ),
         ({"vocab_size": "many"}, "does not fit transformers' qwen3"),
+        ({"vocab_size": 0}, "config.json: vocab_size would be 0; copy the checkpoint again"),
+        ({"num_attention_heads": 0}, "config.json: num_attention_heads would be 0"),
+        ({"num_key_value_heads": 0}, "config.json: num_key_value_heads would be 0"),
+        ({"max_position_embeddings": 0}, "config.json: max_position_embeddings would be 0"),
+        ({"use_sliding_window": True, "sliding_window": 0}, "config.json: sliding_window would be 0"),
+        ({"layer_types": ["sliding_attention"] * 3}, "layer_types has sliding_attention, and no sliding window is in"),
+        ({"hidden_act": "foo"}, r"cannot be read \('foo'\)"),
+        ({"rope_scaling": {"rope_type": "foo"}}, r"cannot be read \('foo'\)"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": "x"}}, "cannot be read"),
+        ({"pad_token_id": 10**9}, "cannot be read"),
+        ({"block_size": 65}, "blocks of 65 .config.json, block_size. are longer than its context of 64"),
     ],
 )
 def test_configs_that_are_not_understood_are_refused(copy, changes, message):
@@ -133,6 +156,21 @@ def test_configs_that_are_not_understood_are_refused(copy, changes, message):
     found = inspect(copy)
     assert not found.loads
     assert str(refused.value) == f"{copy}: {found.problem}"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_theta": 1e6},
+        {"rope_theta": 1e6, "rope_parameters": {"rope_type": "default"}},
+        {"rope_theta": 1e6, "rope_parameters": {}, "rope_scaling": {"type": "default"}},
+        {"rope_theta": None, "rope_parameters": {"rope_theta": 1e6}},
+        {"rope_theta": None, "rope_scaling": {"rope_type": "default", "rope_theta": 1e6}},
+        {"rope_theta": 1000000, "rope_scaling": {"type": "default"}, "rope_parameters": {"rope_type": "default"}},
+    ],
+)
+def test_the_rotary_base_is_found_wherever_the_config_has_it(copy, changes):
+    assert load(rewrite(copy, **changes)).backbone.config.rope_parameters == {"rope_type": "default", "rope_theta": 1e6}
 
 
 def test_the_configs_block_size_stands_before_the_usual_one(copy):
@@ -161,6 +199,8 @@ def test_a_description_beside_the_weights_must_agree(copy):
         load(copy)
     (copy / "block_diffusion.json").write_text(json.dumps(SDAR.to_json()))
     assert load(copy).spec == SDAR
+    with pytest.raises(UnsupportedModel, match="says blocks of 4, but they are 8 according to config"):
+        load(rewrite(copy, block_size=8))
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
@@ -185,10 +225,43 @@ def test_fast_dllm_loads_as_shifted_qwen2(tmp_path):
     assert "blocks of 8" in inspect(folder).note
 
 
+def test_a_mask_id_must_have_a_row(tmp_path):
+    tiny.backbone("qwen3", dtype=torch.float32, rope_parameters=ROPE).save_pretrained(tmp_path / "small")
+    folder = rewrite(tmp_path / "small", model_type="sdar", architectures=["SDARForCausalLM"])
+    message = "mask id 151669 lies beyond the model's 37 embedding rows"
+    with pytest.raises(UnsupportedModel, match=message):
+        load(folder)
+    assert message in inspect(folder).problem
+
+
+def test_the_weights_of_ar_models_are_compared_too(tmp_path):
+    folder = write(tmp_path / "plain", "llama")
+    whole = load_file(folder / "model.safetensors")
+    changed = {
+        "1 weights are missing, among them model.norm.weight": {
+            n: w for n, w in whole.items() if n != "model.norm.weight"
+        },
+        r"\[7\], and \[8\] by its config.json": {**whole, "model.norm.weight": torch.ones(7)},
+    }
+    for message, weights in changed.items():
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UnsupportedModel):
+            load(folder)
+        assert re.search(message, inspect(folder).problem)
+    save_file({**whole, "model.extra.weight": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+    note = "weights that its class in transformers has no place for are left out, among them model.extra.weight"
+    assert note in load(folder).notes
+    assert (inspect(folder).loads, inspect(folder).note) == (True, note)
+
+
 def test_mixtures_of_experts_load_too(tmp_path):
     folder = write(tmp_path / "moe", "qwen3_moe", model_type="sdar_moe", num_local_experts=None, num_experts=4)
     assert type(load(folder).backbone).__name__ == "Qwen3MoeForCausalLM"
     assert inspect(folder).loads
+    said = "config.json does not say norm_topk_prob, and those who read it take different values"
+    with pytest.raises(UnsupportedModel, match=said):
+        load(rewrite(folder, norm_topk_prob=None))
+    rewrite(folder, norm_topk_prob=True)
     weights = load_file(folder / "model.safetensors")
     name = next(name for name in weights if name.endswith("experts.3.up_proj.weight"))
     bent = {**weights, name: weights[name][:-1].contiguous()}
@@ -221,7 +294,7 @@ def test_the_exported_config_code_leaves_rope_where_each_transformers_looks(monk
     [
         ({"architectures": ["LLaDAModelLM"], "model_type": "llada"}, "LLaDA", "its own transformer"),
         ({"architectures": ["DreamModel"], "model_type": "Dream"}, "Dream", "in both directions"),
-        ({"model_type": "qwen2", "text_mask_token_id": 5, "causal_attn": False}, "SDLM", "a check of its Qwen2 code"),
+        ({"model_type": "qwen2", "text_mask_token_id": 5, "block_size": 4}, "SDLM", "a check of its Qwen2 code"),
         ({"model_type": "PanguEmbedded"}, "NBDiff, openPangu-Diffusion", "its own transformer"),
     ],
 )
@@ -232,6 +305,34 @@ def test_what_cannot_be_loaded_is_named_with_what_it_would_take(tmp_path, config
     assert (found.family, found.loads, found.weights.parameters) == (family, False, 6)
     with pytest.raises(UnsupportedModel, match=f"{family} is not loaded; it would need .*{needed}"):
         load(tmp_path)
+
+
+def conventions_of_the_page() -> dict[str, list[str]]:
+    """Rows of the table of families: every name and model type -> its cells."""
+    page = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
+    lines = page.partition("| family | `model_type` |")[2].split("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {name: row for row in rows for name in (row[0], *re.findall(r"`([^`]+)`", row[1]))}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_page_says_what_the_table_of_families_says(family):
+    rows = conventions_of_the_page()
+    _, _, read_by, prediction, clean, block, mask, loads = rows[(*family.model_types, family.name)[0]]
+    boundary = [] if family.boundary is None else [family.boundary.value]
+    assert prediction.split(", ") == [family.prediction.value, *boundary]
+    stated = family.clean_context.value.replace("_", "-") if family.clean_context is not None else "not in the config"
+    assert clean.startswith(stated)
+    assert clean == stated or family.clean_context is None
+    usual = "config" if family.block_size is None else f"config, else {family.block_size.value}"
+    assert block == ("" if stated == "full" else usual)
+    unsaid = "none" if family.others else "config" if family.marks else "tokenizer's"
+    assert mask == (unsaid if family.mask_id is None else str(family.mask_id.value))
+    assert loads.startswith("for" if family.commands else "no" if family.needs else ("yes", "with"))
+    assert (loads == "yes") == (not family.needs and family.clean_context is not None)
+    if loads == "yes":
+        reader = "gpt_neox" if family.conversion is not None and family.name == "BD3-LM" else family.backbone
+        assert f"`{reader}`" in read_by
 
 
 def test_inspect_tells_ours_from_ar_models_and_from_the_unknown(trained, tmp_path, capsys):
@@ -253,6 +354,42 @@ def test_inspect_tells_ours_from_ar_models_and_from_the_unknown(trained, tmp_pat
     assert (found.family, found.conventions, found.loads) == ("unknown", {}, False)
     assert "'brand_new' is no decoder of transformers" in str(found)
     assert run("inspect", tmp_path / "nothing", capsys=capsys)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "said"),
+    [
+        ("qwen3", {"architectures": ["MyDiffusionLM"]}, "architecture MyDiffusionLM, and transformers' qwen3 is Qwen3"),
+        ("qwen3", {"architectures": None, "auto_map": {"AutoModelForCausalLM": "own.MyLM"}}, "architecture MyLM, and"),
+        ("qwen3", {"mask_token_id": 7, "block_size": 32}, "mask_token_id 7, block_size 32, and transformers' qwen3"),
+        ("llama", {"bd_size": 8}, "bd_size 8, and transformers' llama"),
+        ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "architecture LlamaForSequenceClassification"),
+    ],
+)
+def test_what_is_more_than_transformers_decoder_is_no_ar_model(tmp_path, kind, config, said):
+    folder = write(tmp_path / "copy", kind, **config)
+    with pytest.raises(UnsupportedModel, match=f"its config has {said}.*prediction, clean context.* would be needed"):
+        load(folder)
+    found = inspect(folder)
+    assert (found.family, found.loads, found.conventions) == ("unknown", False, {})
+    assert said in found.problem
+    (folder / "block_diffusion.json").write_text(json.dumps(SDAR.to_json()))  # its user knows
+    assert inspect(folder).loads
+    assert load(folder).spec == SDAR
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architectures": None},
+        {"architectures": ["LLaMAForCausalLM"]},  # as the first conversions had it
+        {"auto_map": {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}, "mask_token_id": None},
+    ],
+)
+def test_ar_models_of_transformers_load(tmp_path, config):
+    folder = write(tmp_path / "plain", "llama", **config)
+    assert "an AR model" in inspect(folder).family
+    assert load(folder).spec.default_block_size == 1
 
 
 @pytest.mark.parametrize(

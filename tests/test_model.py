@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 
+from blockdiff import probe
 from blockdiff.attention import UnsupportedModel
 from blockdiff.distributions import ScaleMixture
 from blockdiff.layout import Layout, TokenMap
@@ -16,6 +17,7 @@ from blockdiff.masks import Visibility
 from blockdiff.model import Past, Spec
 from blockdiff.noise import ExactCount
 from blockdiff.objectives import Alignment, block_numbers, maskable, score, token_losses, two_streams
+from blockdiff.probe import _distance as distance
 from blockdiff.tokenizer import train_tokenizer
 
 
@@ -121,6 +123,64 @@ def test_the_probe_catches_a_layer_that_looks_where_it_must_not(monkeypatch):
     monkeypatch.setattr(network.model.layers[1].self_attn, "forward", leaky)
     with pytest.raises(UnsupportedModel, match="llama does not obey the mask"):
         attach(network)
+
+
+DEEP = {"num_hidden_layers": 36, "hidden_size": 64, "dtype": torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_rounding_in_a_deep_network_is_no_reason_to_refuse(kind, monkeypatch):
+    """In bfloat16 36 layers with their experts' choices are far from what they would be in float32: the probe looks
+    again there and finds no difference, or the one that is there."""
+    network = tiny.backbone(kind, **DEEP)
+    before = {name: weight.clone() for name, weight in network.state_dict().items()}
+    apart = []
+    monkeypatch.setattr(probe, "_distance", lambda *given: apart.append(distance(*given)) or apart[-1])
+    model = attach(network, add_mask=False)
+    assert apart[0] > 0.1  # beyond what half precision is allowed
+    assert model.reading.narrows
+    assert {weight.dtype for weight in network.state_dict().values()} == {torch.bfloat16}
+    assert all(torch.equal(weight, before[name]) for name, weight in network.state_dict().items())
+
+    network = tiny.backbone(kind, **DEEP)
+    inner = network.model.layers[20].self_attn.forward
+
+    def other(*args, visibility=None, **kwargs):
+        mixed, weights = inner(*args, visibility=visibility, **kwargs)
+        return (mixed if visibility is None else 1.1 * mixed), weights
+
+    monkeypatch.setattr(network.model.layers[20].self_attn, "forward", other)
+    with pytest.raises(UnsupportedModel, match="attention computes something that ours does not"):
+        attach(network, add_mask=False)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("sees", ["everything", "its whole block"])
+def test_a_wrong_mask_is_refused_in_a_deep_network_in_half_precision_too(kind, sees, monkeypatch):
+    network = tiny.backbone(kind, **DEEP)
+    inner = network.model.layers[20].self_attn.forward
+
+    def wrong(*args, visibility=None, **kwargs):
+        if visibility is not None and sees == "everything":
+            everyone = visibility.key.map(lambda t: torch.zeros_like(t))
+            visibility = Visibility(everyone[:, -visibility.query.shape[1] :], everyone, "block_causal")
+        elif visibility is not None:
+            visibility = Visibility(visibility.query, visibility.key, "block_causal")
+        return inner(*args, visibility=visibility, **kwargs)
+
+    monkeypatch.setattr(network.model.layers[20].self_attn, "forward", wrong)
+    with pytest.raises(UnsupportedModel, match="does not obey the mask"):
+        attach(network, add_mask=False)
+
+
+def test_a_type_that_the_kernels_cannot_do_is_refused_in_one_line():
+    network = tiny.backbone("qwen3_moe", dtype=torch.bfloat16, moe_intermediate_size=12)
+    network.set_experts_implementation("grouped_mm")
+    with pytest.raises(
+        UnsupportedModel, match=r"qwen3_moe does not run in bfloat16 on cpu \(.*; try another"
+    ) as refused:
+        attach(network)
+    assert "\n" not in str(refused.value)
 
 
 def test_calling_the_backbone_alone_is_an_error_not_a_wrong_answer():

@@ -20,6 +20,7 @@ from parity import Network, Shape, State, in_blocks
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from blockdiff.attention import UnsupportedModel
@@ -77,7 +78,7 @@ def without(*parts: str) -> Callable[[Shape], Callable[[State], Network]]:
 
 
 def of_qwen(shape: Shape, vocabulary: int, mask: int, config: dict[str, Any], **parts: Any) -> Format:
-    options = {name: parts.pop(name) for name in ("norms", "biases") if name in parts}
+    options = {name: parts.pop(name) for name in ("norms", "biases", "tied") if name in parts}
     twins = {"rotary base": lambda state: parity.qwen(state, replace(shape, theta=1e4))}
     if "norms" in options:
         twins["norms"] = without("q_norm.weight", "k_norm.weight")(shape)
@@ -85,6 +86,10 @@ def of_qwen(shape: Shape, vocabulary: int, mask: int, config: dict[str, Any], **
         twins["biases"] = without(".bias")(shape)
     if shape.experts:
         twins["second expert"] = lambda state: parity.qwen(state, replace(shape, chosen=1))
+    for name in ("eps", "yarn", "activation"):
+        usual = getattr(DENSE, name)
+        if getattr(shape, name) != usual:
+            twins[name] = lambda state, name=name, usual=usual: parity.qwen(state, replace(shape, **{name: usual}))
     shapes = parity.qwen_shapes(shape, vocabulary, **options)
     return Format(config, shapes, lambda state: parity.qwen(state, shape), mask, twins, **parts)
 
@@ -108,18 +113,28 @@ def formats() -> dict[str, Format]:
             151680,
             151665,
             qwen_config(narrow, 151680, "Fast_dLLM_Qwen", "Fast_dLLM_QwenForCausalLM", bd_size=4),
-            biases=True,
+            biases="qkv",
             shift=True,
         ),
     }
     del found["fast_dllm"].config["head_dim"]
-    for kind, options in (("qwen3", {"norms": True}), ("qwen2", {"biases": True}), ("llama", {})):
+    for kind, options in (("qwen3", {"norms": True}), ("qwen2", {"biases": "qkv"}), ("llama", {})):
         shape = narrow if kind == "qwen2" else DENSE
         config = qwen_config(shape, 64, f"a2d-{kind}", "A2DLMHeadModel")
         if kind == "qwen2":
             del config["head_dim"]
         found[f"a2d_{kind}"] = of_qwen(shape, 64, 62, config, described=True, first=3, **options)
-    return found | {"llada2": of_llada2(), "bd3lm": of_bd3lm()}
+    return found | {"sdar_settings": of_settings(), "llada2": of_llada2(), "bd3lm": of_bd3lm()}
+
+
+def of_settings() -> Format:
+    """SDAR with every setting of Qwen3's config other than its default, as transformers 4 wrote it."""
+    shape = replace(DENSE, eps=0.05, yarn=(4.0, 32), activation=F.gelu)
+    settings = {"rms_norm_eps": 0.05, "attention_bias": True, "tie_word_embeddings": True, "hidden_act": "gelu"}
+    settings |= {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}
+    settings |= {"max_position_embeddings": 128, "block_size": 4}
+    config = qwen_config(shape, 151680, "sdar", "SDARForCausalLM") | settings
+    return of_qwen(shape, 151680, 151669, config, norms=True, biases="qkvo", tied=True)
 
 
 def of_llada2() -> Format:
@@ -274,6 +289,7 @@ def test_prefix_masked_block_and_commit(opened):
     for size in (1, 2):
         assert away(clean, network(ids, in_blocks(len(ids), size, first % size)), mask) > 1e-2
     assert away(denoised, network(masked[:end], whole[:end, :end])[start:], mask) > 1e-2
+    assert model.context_length == form.config.get("max_position_embeddings", form.config.get("model_length"))
     for part, twin in form.twins.items():
         assert away(clean, twin(opened.state)(ids, whole), mask) > 1e-2, part
 
@@ -306,6 +322,19 @@ def test_what_was_converted_can_be_saved(opened, tmp_path):
     assert again.end_ids == expected.get(opened.folder.name, ())
 
 
+@pytest.mark.parametrize("name", ["sdar", "llada2", "bd3lm"])
+def test_texts_end_where_the_settings_of_generation_say(tmp_path, name):
+    write(name, tmp_path / name)
+    settings = tmp_path / name / "generation_config.json"
+    settings.write_text(json.dumps({"eos_token_id": [11, 12], "pad_token_id": 3}))
+    assert load(tmp_path / name).end_ids == (11, 12)
+    for damaged, words in (("{", "no JSON"), ('{"eos_token_id": "end"}', "'end' are no tokens; correct it")):
+        settings.write_text(damaged)
+        with pytest.raises(UnsupportedModel, match=f"generation_config.json: .*{words}"):
+            load(tmp_path / name)
+        assert words in inspect(tmp_path / name).problem
+
+
 def test_converted_weights_come_from_the_hub_too(tmp_path, monkeypatch):
     state = write("bd3lm", tmp_path / "copy")
     here = read_foreign(tmp_path / "copy")
@@ -334,6 +363,21 @@ def test_converted_weights_come_from_the_hub_too(tmp_path, monkeypatch):
             {"score_function": "softmax"},
             "score_function: 'softmax'; transformers has the parts for 'sigmoid'",
         ),
+        ("bd3lm", {"n_heads": 0}, "config.json: num_attention_heads would be 0; copy the checkpoint again"),
+        (
+            "bd3lm",
+            {"block_size": 100000},
+            "blocks of 100000 .config.json, block_size. are longer than its context of 64",
+        ),
+        ("llada2", {"num_key_value_heads": 0}, "config.json: num_key_value_heads would be 0"),
+        ("llada2", {"rope_theta": "x"}, "rope_theta: 'x' is no base of rotary positions"),
+        ("llada2", {"n_group": 3}, r"damaged: 8 experts in 3 groups \(n_group\)"),
+        ("llada2", {"n_group": 0}, r"damaged: 8 experts in 0 groups \(n_group\)"),
+        ("llada2", {"topk_group": 9}, r"damaged: the best 9 groups \(topk_group\) of 4"),
+        ("llada2", {"topk_group": 0}, r"damaged: 2 experts for each token \(num_experts_per_tok\) of too few"),
+        ("llada2", {"num_experts_per_tok": 9}, r"damaged: 9 experts for each token \(num_experts_per_tok\) of too few"),
+        ("llada2", {"num_experts_per_tok": 0}, "config.json: num_experts_per_tok would be 0"),
+        ("sdar_moe", {"num_experts_per_tok": 9}, "config.json: 9 experts for each token, and there are 4"),
         ("llada2", {"rotary_dim": 8}, "contradicts itself or is damaged: rotary_dim 8, and 4 by partial_rotary"),
     ],
 )

@@ -32,7 +32,7 @@ from blockdiff.engine import Job, Output, Request, Step
 from blockdiff.engine.entry import Entry, OnStep
 from blockdiff.engine.runner import OnText
 from blockdiff.engine.stream import TextStream
-from blockdiff.loading import check_whole, load_tokenizer, reading
+from blockdiff.loading import check_whole, generation_settings, load_tokenizer, reading
 from blockdiff.prompting import Prompting
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ class DiffusionGemma(Prompting):
         from transformers import DiffusionGemmaForBlockDiffusion  # slow to import, and few need it
 
         with reading(path):
+            generation_settings(path, DiffusionGemmaForBlockDiffusion.generation_config_class)
             network, found = DiffusionGemmaForBlockDiffusion.from_pretrained(
                 path, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, trust_remote_code=False
             )
@@ -98,7 +99,14 @@ class DiffusionGemma(Prompting):
         if found["unexpected_keys"]:
             odd = min(found["unexpected_keys"])
             raise UnsupportedModel(f"{path}: weights that DiffusionGemma has no place for, among them {odd}")
-        return cls(network.to(device).eval(), load_tokenizer(path))
+        model = cls(network.to(device).eval(), load_tokenizer(path))
+        try:
+            model.request()
+        except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+            raise UnsupportedModel(
+                f"{path}: generation_config.json: its sampler cannot run so ({error}); correct it or take it out"
+            ) from error
+        return model
 
     @property
     def device(self) -> torch.device:

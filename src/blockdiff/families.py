@@ -35,10 +35,11 @@ class Family:
     marks: keys of the config that only this family has, where the architecture's name alone does not tell. prediction
     `same` or `shift`; boundary (with `shift`) as in `objectives.Alignment`; clean_context as in `masks`, or `full`;
     block_key and mask_key: keys of the config that state the two; extra: further keys of the config that change nothing
-    at inference. backbone: the model type of transformers whose class has the same arithmetic, and the same names but
-    where there is a conversion. needs: what loading would take, where blockdiff does not load it. commands: those that
-    run it all the same, by transformers' own `generate`. others: further conventions, of this family alone. note: what
-    a user of a loaded one should know; unsized: and where its block size is taken for granted.
+    at inference; stated: those that must be there, since their readers' defaults differ. backbone: the model type of
+    transformers whose class has the same arithmetic, and the same names but where there is a conversion. needs: what
+    loading would take, where blockdiff does not load it. commands: those that run it all the same, by transformers' own
+    `generate`. others: further conventions, of this family alone. note: what a user of a loaded one should know;
+    unsized: and where its block size is taken for granted.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Family:
     block_key: str = "block_size"
     mask_key: str = "mask_token_id"
     extra: tuple[str, ...] = ()
+    stated: tuple[str, ...] = ()
     backbone: str = ""
     conversion: Conversion | None = None
     needs: str = ""
@@ -87,11 +89,12 @@ _GEMMA = "transformers, models/diffusion_gemma"
 _LLADA2 = "inclusionAI/dFactory, models/llada2_moe"
 _PROMPTS = "prompts are read token by token here, and blocks begin after the prompt; the original "
 _GRID = _PROMPTS + "cuts prompt and answer into one grid of blocks (docs/checkpoints.md)"
+_UNO = "another project (UNO) gives its causal verifier this architecture's name, which no config tells apart"
 _COUNTED_BACK = _PROMPTS + "cuts it into blocks counted back from its end (docs/checkpoints.md)"
 _BD3LM = "kuleshov-group/bd3lms, models/hf/modeling_bd3lm.py"
 
 
-def _sdar(model_type: str, architecture: str, backbone: str) -> Family:
+def _sdar(model_type: str, architecture: str, backbone: str, stated: tuple[str, ...] = ()) -> Family:
     return Family(
         "SDAR or TraDo (one format; the config does not say which)",
         (model_type,),
@@ -101,8 +104,9 @@ def _sdar(model_type: str, architecture: str, backbone: str) -> Family:
         block_size=Fact(4, "SGLang srt/dllm/config.py; releases named -b8 to -b64 use that size"),
         mask_id=Fact(151669, _SDAR_ENGINES),
         extra=("fuse_cross_entropy",),
+        stated=stated,
         backbone=backbone,
-        note=_GRID,
+        note=f"{_GRID}; {_UNO}",
         unsized="without block_size in config.json blocks of 4 are taken, and releases named -b8 to -b64 need theirs",
     )
 
@@ -121,7 +125,7 @@ def _a2d(backbone: str, architecture: str) -> Family:
 
 FAMILIES: tuple[Family, ...] = (
     _sdar("sdar", "SDARForCausalLM", "qwen3"),
-    _sdar("sdar_moe", "SDARMoeForCausalLM", "qwen3_moe"),
+    _sdar("sdar_moe", "SDARMoeForCausalLM", "qwen3_moe", ("norm_topk_prob",)),
     _a2d("qwen3", "A2DQwen3LMHeadModel"),
     _a2d("qwen2", "A2DQwen2LMHeadModel"),
     _a2d("llama", "A2DLlamaLMHeadModel"),
@@ -140,7 +144,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "SDLM",
-        marks=("text_mask_token_id", "causal_attn"),
+        marks=("text_mask_token_id",),
         prediction=Fact("shift", "OpenGVLab/SDLM, sdlm_inference.py"),
         boundary=Fact("seed", "OpenGVLab/SDLM, sdlm_inference.py"),
         clean_context=Fact("context_causal", "OpenGVLab/SDLM, sdlm_qwen2_5"),

@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -30,6 +30,25 @@ from blockdiff.objectives import Alignment
 
 _NEEDED = ("prediction", "clean_context", "block_size", "mask_id")
 _ROPE = ("rope_parameters", "rope_theta", "rope_scaling")
+_SIZES = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "sliding_window",
+    "n_routed_experts",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "n_group",
+    "topk_group",
+    "decoder_sparse_step",
+]
+_OF_DIFFUSION = ("mask_token_id", "text_mask_token_id", "block_size", "bd_size")
 # keys that a config class takes without listing them among its own
 _TAKEN = ("head_dim", "max_window_layers")
 # what transformers raises, by its version and by the key, for a config or a tokenizer that it cannot build
@@ -87,7 +106,14 @@ class Foreign:
         known = conventions(self.where, self.family, self.stated, tokenizer)
         if own is not None:
             _check_own(self.where, own, known)
-            return own
+        spec = own or self._spec(known, context_length)
+        if spec.mask_id is not None and spec.mask_id >= self.config.vocab_size:
+            raise UnsupportedModel(
+                f"{self.where}: mask id {spec.mask_id} lies beyond the model's {self.config.vocab_size} embedding rows"
+            )
+        return spec
+
+    def _spec(self, known: Mapping[str, Fact], context_length: int) -> Spec:
         missing = [name for name in _NEEDED if name not in known]
         if missing:
             raise UnsupportedModel(
@@ -96,6 +122,11 @@ class Foreign:
             )
         said = {name: known[name].value for name in ("prediction", "boundary") if name in known}
         size = known["block_size"].value
+        if size > context_length:
+            raise UnsupportedModel(
+                f"{self.where}: blocks of {size} ({known['block_size'].source}) are longer than its context of "
+                f"{context_length}"
+            )
         return Spec(
             mask_id=known["mask_id"].value,
             clean_context=known["clean_context"].value,
@@ -110,11 +141,17 @@ class Foreign:
 def read_foreign(path: str | Path) -> Foreign | None:
     """The checkpoint at a path or hub name as one of another project's; None where the table does not know it.
 
-    Raises UnsupportedModel for a family that blockdiff cannot load, and for a config that it does not understand.
+    Raises UnsupportedModel for a family that blockdiff cannot load, for a config that it does not understand, and for
+    one that is of no family and of no AR model of transformers either, unless a `block_diffusion.json` describes it.
     """
     stated = _stated(path)
-    family = None if stated is None else family_of(stated)
-    if stated is None or family is None:
+    if stated is None:
+        return None
+    family = family_of(stated)
+    if family is None:
+        problem = not_plain(stated)
+        if problem and _file(path, SPEC_FILE) is None:
+            raise UnsupportedModel(f"{path}: {problem}")
         return None
     return Foreign(str(path), family, stated, backbone_config(str(path), family, stated))
 
@@ -125,9 +162,35 @@ def foreign_family(path: str | Path) -> Family | None:
     return None if stated is None else family_of(stated)
 
 
+def not_plain(stated: Mapping[str, Any]) -> str:
+    """Why a config with the model type of a decoder in transformers is more than that decoder; empty: it is not."""
+    kind = stated.get("model_type")
+    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return ""
+    plain = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[kind]].__name__
+    code = stated.get("auto_map")
+    named = [code.get("AutoModelForCausalLM")] if isinstance(code, dict) else []
+    classes = [*(stated.get("architectures") or ()), *(str(name).rpartition(".")[2] for name in named if name)]
+    others = [f"architecture {name}" for name in dict.fromkeys(classes) if name.casefold() != plain.casefold()]
+    own = CONFIG_MAPPING[kind]().to_dict()
+    others += [f"{key} {stated[key]}" for key in _OF_DIFFUSION if stated.get(key) is not None and key not in own]
+    if not others:
+        return ""
+    return (
+        f"its config has {', '.join(others)}, and transformers' {kind} is {plain}, an AR model: its prediction, clean "
+        f"context, block size and mask id would be needed; if its weights are those of {plain}, write a {SPEC_FILE} "
+        "beside them that says the four (docs/checkpoints.md)"
+    )
+
+
 def _stated(path: str | Path) -> dict[str, Any] | None:
-    file = cached_file(str(path), "config.json", _raise_exceptions_for_missing_entries=False)
-    return None if file is None else read_config(Path(file))
+    file = _file(path, "config.json")
+    return None if file is None else read_config(file)
+
+
+def _file(path: str | Path, name: str) -> Path | None:
+    file = cached_file(str(path), name, _raise_exceptions_for_missing_entries=False)
+    return None if file is None else Path(file)
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -183,22 +246,46 @@ def backbone_config(where: str, family: Family, stated: Mapping[str, Any]) -> Pr
             f"{where}: config.json has keys that blockdiff does not know for {family.name}: {', '.join(unknown)}; find "
             "out from the model's own code what they do, and take out those that change nothing at inference"
         )
+    unsaid = [key for key in family.stated if stated.get(key) is None]
+    if unsaid:
+        raise UnsupportedModel(
+            f"{where}: config.json does not say {', '.join(unsaid)}, and those who read it take different values; add "
+            "what the checkpoint was trained with"
+        )
+    _check_rope_types(where, stated)
     if family.conversion is None:
-        _check_rope(where, stated)
-        taken = {key: value for key, value in stated.items() if key in settings}
-        if taken.get("rope_parameters"):
-            taken = {key: value for key, value in taken.items() if key not in ("rope_theta", "rope_scaling")}
+        taken = {key: value for key, value in stated.items() if key in settings and key not in _ROPE}
+        taken["rope_parameters"] = _rope(where, stated)
     else:
         taken = family.conversion.config(where, stated)
     special = {key: value for key, value in stated.items() if key.endswith("_token_id") and key != family.mask_key}
     dtype = stated.get("dtype") or stated.get("torch_dtype")
     try:
-        return AutoConfig.for_model(family.backbone, **{**taken, **special}, dtype=dtype)
+        config = AutoConfig.for_model(family.backbone, **{**taken, **special}, dtype=dtype)
     except UNBUILDABLE as error:
         reason = " ".join(str(error).split())[:300]
         raise UnsupportedModel(
             f"{where}: config.json does not fit transformers' {family.backbone} ({reason})"
         ) from error
+    _check_sizes(where, config)
+    return config
+
+
+def _check_sizes(where: str, config: PreTrainedConfig) -> None:
+    """What transformers' config classes let through and their networks stumble over."""
+    for name in _SIZES:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value < 1:
+            raise UnsupportedModel(f"{where}: config.json: {name} would be {value}; copy the checkpoint again")
+    experts, chosen = getattr(config, "num_experts", None), getattr(config, "num_experts_per_tok", None)
+    if experts is not None and chosen is not None and chosen > experts:
+        raise UnsupportedModel(f"{where}: config.json: {chosen} experts for each token, and there are {experts}")
+    kinds = getattr(config, "layer_types", None) or ()
+    if "sliding_attention" in kinds and getattr(config, "sliding_window", None) is None:
+        raise UnsupportedModel(
+            f"{where}: config.json contradicts itself: layer_types has sliding_attention, and no sliding window is in "
+            "use; take out the wrong one"
+        )
 
 
 def _settings(family: Family) -> set[str]:
@@ -209,27 +296,43 @@ def _settings(family: Family) -> set[str]:
     return {*plain.to_dict(), *plain.attribute_map, *_ROPE, *_TAKEN}
 
 
-def _check_rope(where: str, stated: Mapping[str, Any]) -> None:
-    """The base of the rotary positions stands there, once or twice alike: its default suits almost no checkpoint."""
-    newer = stated.get("rope_parameters") or {}
-    bases = [base for base in (stated.get("rope_theta"), newer.get("rope_theta")) if base is not None]
+def _rope(where: str, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary positions as transformers 5 names them, `rope_parameters`.
+
+    Their base stands in the config, at one of its places or alike at several: its default suits almost no checkpoint.
+    """
+    newer, older = (
+        {"rope_type" if key == "type" else key: value for key, value in (stated.get(name) or {}).items()}
+        for name in ("rope_parameters", "rope_scaling")
+    )
+    places = {"rope_theta": stated, "rope_parameters": newer, "rope_scaling": older}
+    bases = {name: place["rope_theta"] for name, place in places.items() if place.get("rope_theta") is not None}
     if not bases:
         raise UnsupportedModel(
             f"{where}: config.json has no rope_theta, and 10000 would be taken; add the value of the checkpoint that "
             "this one was made from"
         )
-    if len(set(bases)) > 1:
-        raise UnsupportedModel(
-            f"{where}: config.json contradicts itself: rope_theta {bases[0]}, in rope_parameters {bases[1]}; take out "
-            "the wrong one"
-        )
-    older = {key: value for key, value in (stated.get("rope_scaling") or {}).items() if key != "rope_theta"}
-    scaling = {key: value for key, value in newer.items() if key != "rope_theta"}
-    if newer and older and older != scaling:
+    if len(set(bases.values())) > 1:
+        said = ", ".join(f"{name if name == 'rope_theta' else f'in {name}'} {base}" for name, base in bases.items())
+        raise UnsupportedModel(f"{where}: config.json contradicts itself: {said}; take out the wrong one")
+    older, scaling = ({key: value for key, value in rope.items() if key != "rope_theta"} for rope in (older, newer))
+    if scaling and older and older != scaling:
         raise UnsupportedModel(
             f"{where}: config.json contradicts itself: rope_scaling {older}, rope_parameters {scaling}; take out the "
             "wrong one"
         )
+    return {"rope_type": "default", **(scaling or older), "rope_theta": next(iter(bases.values()))}
+
+
+def _check_rope_types(where: str, stated: Mapping[str, Any]) -> None:
+    nested = [rope for name in ("rope_parameters", "rope_scaling") if (rope := stated.get(name)) is not None]
+    for rope in nested:
+        if not isinstance(rope, dict):
+            raise UnsupportedModel(f"{where}: config.json, rotary positions: {rope!r} is no object of settings")
+    for place in (stated, *nested):
+        base = place.get("rope_theta")
+        if base is not None and (type(base) not in (int, float) or base <= 0):
+            raise UnsupportedModel(f"{where}: config.json, rope_theta: {base!r} is no base of rotary positions")
 
 
 def _check_mask(where: str, known: Fact | None, value: int, source: str) -> None:
@@ -241,10 +344,24 @@ def _check_mask(where: str, known: Fact | None, value: int, source: str) -> None
 
 
 def _check_own(where: str, own: Spec, known: Mapping[str, Fact]) -> None:
-    said = {"prediction": own.alignment.prediction, "clean_context": own.clean_context, "mask_id": own.mask_id}
+    said: dict[str, Any] = {
+        "prediction": own.alignment.prediction,
+        "clean_context": own.clean_context,
+        "mask_id": own.mask_id,
+    }
+    if own.alignment.shift:
+        said["boundary"] = own.alignment.boundary
     for name, value in said.items():
         if name in known and known[name].value != value:
             raise UnsupportedModel(
                 f"{where}: {SPEC_FILE} says {name} {value}, but it is {known[name].value} according to "
                 f"{known[name].source}; correct the file or take it out"
             )
+    size = known.get("block_size")
+    if size is None or not size.source.startswith("config.json") or not isinstance(own.layout, Fixed):
+        return  # the family's usual size binds nobody
+    if size.value not in (own.layout.size, own.default_block_size):
+        raise UnsupportedModel(
+            f"{where}: {SPEC_FILE} says blocks of {own.layout.size}, but they are {size.value} according to "
+            f"{size.source}; correct the file or take it out"
+        )

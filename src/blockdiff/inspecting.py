@@ -13,15 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blockdiff.attention import UnsupportedModel
 from blockdiff.distributions import to_dict
 from blockdiff.families import Fact, Family, family_of
-from blockdiff.foreign import Foreign, backbone_config, conventions, read_config
-from blockdiff.loading import load_tokenizer, reading
+from blockdiff.foreign import Foreign, backbone_config, conventions, not_plain, read_config
+from blockdiff.loading import generation_settings, lacking, left_out, load_tokenizer, reading
 from blockdiff.model import SPEC_FILE, Spec
 
 _NAMES = ("prediction", "boundary", "clean_context", "block_size", "mask_id")
@@ -155,6 +163,8 @@ def _foreign(folder: Path, stated: Mapping[str, Any], weights: Weights, own: Spe
     where, tokenizer, known, problem = str(folder), None, {}, "" if weights.files else "no .safetensors weights"
     try:
         config = None if family.needs else backbone_config(where, family, stated)
+        if config is not None:
+            generation_settings(folder)
         tokenizer = load_tokenizer(folder, config) if config is not None else None
         known = {**conventions(where, family, stated, tokenizer), **family.others}
         if family.commands:
@@ -164,7 +174,8 @@ def _foreign(folder: Path, stated: Mapping[str, Any], weights: Weights, own: Spe
         else:
             foreign = Foreign(where, family, stated, config)
             foreign.spec(own, tokenizer, config.max_position_embeddings)
-            problem = problem or _unlike(foreign, weights)
+            with reading(folder):
+                problem = problem or _unlike(foreign, weights)
     except UnsupportedModel as error:
         problem = str(error).removeprefix(f"{where}: ")
     said = {**known, **(_said(own) if own is not None else {})}
@@ -182,6 +193,7 @@ def _by_itself(
 ) -> Inspection:
     """A checkpoint that transformers' own `generate` runs, with the settings of its sampler."""
     file = folder / "generation_config.json"
+    generation_settings(folder, getattr(transformers, family.reader).generation_config_class)
     settings = read_config(file) if file.is_file() else {}
     said = ", ".join(f"{name} {settings[name]}" for name in _SAMPLER if settings.get(name) is not None)
     sampler = (
@@ -191,6 +203,10 @@ def _by_itself(
     )
     tokenizer = load_tokenizer(folder)
     known = {**known, "sampler": sampler}
+    with reading(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        lacks, beside = _found(getattr(transformers, family.reader), config, weights)
+    problem = problem or lacks or beside
     problem = problem or ("" if tokenizer is not None else "no tokenizer")
     found = _inspection(folder, stated, weights, family.name, family.reader, known, tokenizer, problem, family.note)
     return replace(found, commands=family.commands)
@@ -200,27 +216,35 @@ def _plain(folder: Path, stated: Mapping[str, Any], weights: Weights, own: Spec 
     """One of ours, an AR model of transformers, or something that the table does not know."""
     kind = stated.get("model_type")
     causal = kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING
-    problem = "" if weights.files else "no .safetensors weights"
+    more = not_plain(stated) if own is None else ""
+    problem = more or ("" if weights.files else "no .safetensors weights")
     if not causal:
         problem = (
             f"model type {kind!r} is no decoder of transformers, and blockdiff's table of families does not know it: "
             "its conventions and a class for its weights would be needed"
         )
-    name = "unknown" if not causal else "an AR model (block size 1 until it is trained on)"
+    name = "unknown" if more or not causal else "an AR model (block size 1 until it is trained on)"
     if own is not None and causal:
         name = "a block diffusion model of blockdiff" if own.is_diffusion else "an AR model of blockdiff"
     known = {} if own is None else _said(own)
-    if own is None and causal:
+    if own is None and causal and not more:
         known = {name: Fact(value, f"transformers' {kind} as it is") for name, value in _AR.items()}
-    tokenizer = None
-    if causal:
+    tokenizer, note = None, ""
+    if causal and not problem:
         try:
             with reading(folder):
-                AutoConfig.from_pretrained(folder, trust_remote_code=False)
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+                problem, note = _found(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, weights)
+            rows = config.get_text_config(decoder=True).vocab_size
+            if own is not None and own.mask_id is not None and own.mask_id >= rows:
+                problem = f"{SPEC_FILE}: mask_id {own.mask_id} lies beyond the model's {rows} embedding rows"
+            generation_settings(folder)
             tokenizer = load_tokenizer(folder)
         except UnsupportedModel as error:
             problem = str(error).removeprefix(f"{folder}: ")
-    return _inspection(folder, stated, weights, name, str(kind) if causal else "", known, tokenizer, problem, "")
+    return _inspection(
+        folder, stated, weights, name, str(kind) if causal and not more else "", known, tokenizer, problem, note
+    )
 
 
 def _inspection(
@@ -259,6 +283,15 @@ def _said(own: Spec) -> dict[str, Fact]:
         "mask_id": own.mask_id,
     }
     return {name: Fact(value, SPEC_FILE) for name, value in values.items() if value is not None}
+
+
+def _found(kind: type[PreTrainedModel], config: PreTrainedConfig, weights: Weights) -> tuple[str, str]:
+    """What transformers says of weights of these names and shapes: why they are not the whole of the class that reads
+    them, and what lies beside it; empty where there is nothing to say."""
+    state = {name: torch.empty(shape, device="meta") for name, shape in weights.shapes.items()}
+    options: dict[str, Any] = {"device_map": "meta", "ignore_mismatched_sizes": True, "output_loading_info": True}
+    _, found = kind.from_pretrained(None, config=config, state_dict=state, **options)
+    return lacking(found), left_out(found)
 
 
 def _unlike(foreign: Foreign, weights: Weights) -> str:

@@ -53,6 +53,13 @@ def _settings(stated: Mapping[str, Any]) -> dict[str, Any]:
     rotary, stated_rotary = int(stated["head_dim"] * stated["partial_rotary_factor"]), stated.get("rotary_dim")
     if stated_rotary not in (None, rotary):
         raise ValueError(f"rotary_dim {stated_rotary}, and {rotary} by partial_rotary_factor; take out the wrong one")
+    experts, groups, open_groups = (int(stated[name]) for name in ("num_experts", "n_group", "topk_group"))
+    if groups < 1 or experts % groups:
+        raise ValueError(f"{experts} experts in {groups} groups (n_group)")
+    if open_groups > groups:
+        raise ValueError(f"the best {open_groups} groups (topk_group) of {groups}")
+    if int(stated["num_experts_per_tok"]) > open_groups * experts // groups:
+        raise ValueError(f"{stated['num_experts_per_tok']} experts for each token (num_experts_per_tok) of too few")
     return {"use_qk_norm": True, "norm_topk_prob": True, "attention_bias": False, "tie_word_embeddings": False}
 
 

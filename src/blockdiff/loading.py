@@ -21,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -28,7 +29,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from blockdiff.attention import NAMES, Implementation, UnsupportedModel
-from blockdiff.foreign import UNBUILDABLE, Foreign, read_foreign
+from blockdiff.foreign import UNBUILDABLE, Foreign, read_config, read_foreign
 from blockdiff.model import SPEC_FILE, BlockDiffusionModel, Spec
 from blockdiff.probe import probe
 
@@ -82,8 +83,11 @@ def load(
     with reading(path):
         spec_file = cached_file(str(path), SPEC_FILE, _raise_exceptions_for_missing_entries=False)
         foreign = read_foreign(path)
+        settings = generation_settings(path)
         backbone, found = _read(path, foreign, dtype)
     check_whole(path, found)
+    if settings is not None and foreign is not None:
+        backbone.generation_config = settings  # which transformers reads for its own classes alone
     spec = Spec.from_json(Path(spec_file)) if spec_file else None
     tokenizer = load_tokenizer(path, None if foreign is None else foreign.config)
     if foreign is not None:
@@ -106,6 +110,8 @@ def load(
         assert model.adapter is not None
         model.adapter.load(Path(spec_file).parent, model.backbone)
         model.eval()
+    if found["unexpected_keys"]:
+        model.notes.append(left_out(found))
     if foreign is not None and not spec_file:
         model.notes.append(foreign.family.advice(sized=foreign.family.block_key in foreign.stated))
     if spec is None and not add_mask:
@@ -133,6 +139,26 @@ def _read(
     if backbone.dtype == torch.float64 and hasattr(backbone, "set_experts_implementation"):
         backbone.set_experts_implementation("eager")  # the grouped kernels have no float64
     return backbone, found
+
+
+def generation_settings(path: str | Path, kind: type[GenerationConfig] = GenerationConfig) -> GenerationConfig | None:
+    """The generation_config.json saved with a checkpoint, which says what ends a text, or None where there is none.
+
+    Raises UnsupportedModel for a damaged one, which transformers would pass over.
+    """
+    file = cached_file(str(path), "generation_config.json", _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return None
+    read_config(Path(file))
+    try:
+        found = kind.from_pretrained(path)
+    except (OSError, *UNBUILDABLE) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UnsupportedModel(f"{file}: cannot be read ({reason}); correct it or take it out") from error
+    ends = found.eos_token_id
+    if any(type(end) is not int for end in (ends if isinstance(ends, list) else [ends]) if ends is not None):
+        raise UnsupportedModel(f"{file}: eos_token_id: {ends!r} are no tokens; correct it or take it out")
+    return found
 
 
 def load_tokenizer(path: str | Path, config: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase | None:
@@ -247,11 +273,24 @@ def reading(path: str | Path) -> Iterator[None]:
 
 def check_whole(path: str | Path, found: dict[str, Any]) -> None:
     """Raise UnsupportedModel where transformers found weights missing."""
-    if found["missing_keys"]:  # transformers would go on with random numbers in their places
+    if problem := lacking(found):  # transformers would go on with random numbers in their places
+        raise UnsupportedModel(f"{path}: {problem}")
+
+
+def lacking(found: dict[str, Any]) -> str:
+    """Which weights transformers missed in a checkpoint, or found in another shape; empty: none."""
+    if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
-        raise UnsupportedModel(
-            f"{path}: {len(missing)} weights are missing, among them {missing[0]}; take a whole copy"
-        )
+        return f"{len(missing)} weights are missing, among them {missing[0]}; take a whole copy"
+    for name, shape, wanted in sorted(found["mismatched_keys"])[:1]:
+        return f"{name} is {list(shape)}, and {list(wanted)} by its config.json"
+    return ""
+
+
+def left_out(found: dict[str, Any]) -> str:
+    """Which weights of a checkpoint transformers' class leaves out; empty: none."""
+    odd = found["unexpected_keys"]
+    return f"weights that its class in transformers has no place for are left out, among them {min(odd)}" if odd else ""
 
 
 def _check_directory(path: Path) -> None:
