@@ -22,7 +22,7 @@ from blockdiff.coverage import (
 from blockdiff.data import Document
 from blockdiff.decode import Policy
 from blockdiff.engine import Output
-from blockdiff.evaluate.bounds import check_bound
+from blockdiff.evaluate.bounds import check_bound, grids
 from blockdiff.evaluate.windows import window_length, windows
 from blockdiff.model import BlockDiffusionModel, Spec
 
@@ -104,18 +104,39 @@ def evaluation_coverage(
     model: BlockDiffusionModel,
     documents: Sequence[Document],
     block_sizes: Sequence[int],
-    offsets: Sequence[int] = (0,),
+    offsets: Sequence[int] | None = None,
     left_bias: float = 0.0,
 ) -> Coverage:
     """The configurations that `bound` scores with the same arguments; raises ValueError as it does."""
+    return compare(trained_calls(model), _bound_calls(model, documents, block_sizes, offsets, left_bias))
+
+
+def evaluation_problem(
+    model: BlockDiffusionModel,
+    documents: Sequence[Document],
+    block_sizes: Sequence[int],
+    offsets: Sequence[int] | None = None,
+) -> str | None:
+    """What `evaluation_coverage` finds uncovered, in a sentence; None where all is covered, or nothing is known."""
+    if not model.spec.is_diffusion or not model.spec.trained_length:
+        return None
+    return problem_of(violations_of(trained_calls(model), _bound_calls(model, documents, block_sizes, offsets)))
+
+
+def _bound_calls(
+    model: BlockDiffusionModel,
+    documents: Sequence[Document],
+    block_sizes: Sequence[int],
+    offsets: Sequence[int] | None,
+    left_bias: float = 0.0,
+) -> Calls:
     check_bound(model, documents, block_sizes, offsets)
-    grids = []
-    for size in block_sizes:
-        for offset in (o for o in offsets if o == 0 or o < size):
-            spans = Counter(
-                (given, scored, window.head)
-                for window in windows(documents, size, offset, window_length(model))
-                for given, scored in window.document.spans()
-            )
-            grids.append(grid_calls(model.spec.alignment, spans, size, left_bias))
-    return compare(trained_calls(model), Calls.cat(grids))
+    found = []
+    for size, offset in grids(model, block_sizes, offsets):
+        spans = Counter(
+            (given, scored, window.head)
+            for window in windows(documents, size, offset, window_length(model))
+            for given, scored in window.document.spans()
+        )
+        found.append(grid_calls(model.spec.alignment, spans, size, left_bias))
+    return Calls.cat(found)

@@ -35,9 +35,12 @@ def comparison_table(rows: Rows) -> Table:
     def ci(row: dict[str, Any], name: str) -> str:
         return "" if row[name] is None else "{:+.4f} – {:+.4f}".format(*row[name])
 
+    def place(size: int, offset: int) -> str:
+        return f"{size}, offset {offset}" if offset else str(size)
+
     columns: dict[str, Any] = {
-        "block size": lambda row: str(row["block_size"]),
-        "other's": lambda row: str(row["other_block_size"]),
+        "block size": lambda row: place(row["block_size"], row["offset"]),
+        "other's": lambda row: place(row["other_block_size"], row["other_offset"]),
         "bits/byte": lambda row: f"{row['bits_per_byte']:+.4f}",
         "95 % interval": lambda row: ci(row, "bits_ci"),
         "nats/token": lambda row: "" if row["nats_per_token"] is None else f"{row['nats_per_token']:+.4f}",
