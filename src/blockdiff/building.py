@@ -199,7 +199,7 @@ def _agree(spec: Spec, settings: ModelConfig) -> None:
     """A checkpoint that is a block diffusion model already keeps its way of reading tokens."""
     if spec.layout.kind == "ar":  # nothing in an AR decoder is fixed yet
         return
-    fixed = [("prediction", spec.alignment.prediction, settings.prediction)]
+    fixed: list[tuple[str, str, str]] = [("prediction", spec.alignment.prediction, settings.prediction)]
     if spec.alignment.shift:
         fixed.append(("boundary", spec.alignment.boundary, settings.boundary))
     if spec.layout.kind != "full":  # of a whole text in one block there is no clean context that could look back

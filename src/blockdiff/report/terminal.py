@@ -66,11 +66,13 @@ def _right_aligned(rows: Rows, columns: dict[str, Any]) -> Table:
 def coverage_summary(result: dict[str, Any]) -> Group:
     """What training covers of the calls that a decoder or an evaluation asks for, for the terminal."""
     calls, uncovered = f"{result['calls']:,.0f} calls", result["uncovered"]
-    parts: list[Any] = [
-        f"covered: training has met the configuration of all {calls}"
-        if result["covered"]
-        else f"NOT covered: {percent(uncovered)} of {calls} are in configurations that training never met"
-    ]
+    parts: list[Any] = []
+    if result["covered"]:
+        parts.append(f"covered: training has met the configuration of all {calls}")
+    if result["violations"]:
+        parts.append(f"NOT covered: {percent(uncovered)} of {calls} are in configurations that training never met")
+    if result["prompt_sentence"]:
+        parts.append(f"NOT covered: {result['prompt_sentence']}")
     if result["violations"]:
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in ("never trained", "calls", "share"):
