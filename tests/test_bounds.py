@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import SHARED, needs_shared
+from conftest import SHARED, needs_shared, tiny_config, write_corpus
+from test_cli import run
 
 import blockdiff
+from blockdiff.api import documents_of
+from blockdiff.config import make_config
+from blockdiff.coverage import SpanShare
 from blockdiff.data import Document
 from blockdiff.datafiles import DataError
-from blockdiff.evaluate import bound, unigram
+from blockdiff.distributions import Fixed
+from blockdiff.evaluate import bound, compare, unigram
 from blockdiff.evaluate.bounds import ratio
 from blockdiff.evaluate.windows import window_length, windows
+from blockdiff.training import train
 
 
 def random_documents(lengths: list[int], seed: int = 0, given: int = 1) -> list[Document]:
@@ -195,3 +202,59 @@ def test_texts_and_files_give_the_same_bound(trained, tmp_path):
     assert blockdiff.bound(model, texts, [1, 4]) == blockdiff.bound(model, tmp_path / "a.jsonl", [1, 4])
     with pytest.raises(DataError, match="no such file"):
         blockdiff.bound(model, tmp_path / "missing.jsonl", [1])
+
+
+def on_sdars_grid(model: blockdiff.api.Model) -> blockdiff.api.Model:
+    """The model as one that was trained on SDAR's grid, blocks of 4 counted from a text's first, given token, and on
+    texts of every length."""
+    documents = tuple(SpanShare(1, scored, 1 / 60) for scored in range(4, 64))
+    model.spec = replace(model.spec, layout=Fixed(4, offset=3), documents=documents)
+    return model
+
+
+def test_a_bound_lies_on_the_grid_that_was_trained(trained, tmp_path):
+    model, texts = on_sdars_grid(blockdiff.load(trained / "checkpoint")), ["the cat sat on the mat . " * 2] * 3
+    row, one = blockdiff.bound(model, texts, [4, 2], draws=2)
+    (named,) = blockdiff.bound(model, texts, [4], offsets=[3], draws=2)
+    (other,) = blockdiff.bound(model, texts, [4], offsets=[0], draws=2)
+    assert (row.offset, row.grid, one.offset) == (3, 3, 0)  # no grid of blocks of 2 was trained
+    assert row.nats_per_token == named.nats_per_token
+    assert (other.offset, other.grid) == (0, 3)
+    assert other.nats_per_token != pytest.approx(named.nats_per_token, abs=1e-6)  # twin
+    (against,) = compare(model, model, *[documents_of(model, texts)] * 2, [4], draws=2)
+    assert (against.offset, against.other_offset, against.bits_per_byte) == (3, 3, 0)
+
+
+def test_validation_in_training_lies_on_the_trained_grid(tmp_path):
+    layout = {"kind": "fixed", "size": 4, "offset": 3}
+    changes = {"layout": layout, "train": {"steps": 2, "rows": 4}, "eval": {"block_sizes": [4], "draws": 4, "every": 2}}
+    run = train(make_config(tiny_config(tmp_path, **changes)))
+    (row,) = json.loads(run.result("bound").read_text())["rows"]
+    assert row["offset"] == 3
+    model = blockdiff.load(run.checkpoint)
+    (named,) = blockdiff.bound(model, tmp_path / "valid.jsonl", [4], offsets=[3], draws=4)
+    assert row["nats_per_token"] == pytest.approx(named.nats_per_token, abs=1e-6)
+    logged = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [line["eval_bound_b4"] for line in logged if "eval_bound_b4" in line] == [
+        pytest.approx(named.nats_per_token, abs=1e-4)
+    ]
+    (other,) = blockdiff.bound(model, tmp_path / "valid.jsonl", [4], offsets=[0], draws=4)
+    assert abs(other.nats_per_token - named.nats_per_token) > 1e-3  # twin
+
+
+def test_eval_bound_says_what_was_not_trained(trained, tmp_path, capsys):
+    on_sdars_grid(blockdiff.load(trained / "checkpoint")).save(tmp_path / "grid")
+    write_corpus(tmp_path)
+    base = ["eval", "bound", tmp_path / "grid", "--data", tmp_path / "valid.jsonl", "--limit", 1, "--draws", 1]
+    base += ["--json", tmp_path / "bound.json"]
+    code, out, error = run(*base, "--block-sizes", 4, capsys=capsys)
+    assert (code, "offset" in out, "not covered" in error) == (0, True, False)
+    _, _, error = run(*base, "--block-sizes", 4, "--offsets", 0, capsys=capsys)
+    assert error.startswith("warning: not covered by training (offset,")
+    assert json.loads((tmp_path / "bound.json").read_text())["problem"] in error
+    _, _, error = run(*base, "--block-sizes", "4,8", capsys=capsys)
+    assert "no block of 8 tokens was trained; the nearest trained size is 4" in error
+    code, out, _ = run(*base, "--block-sizes", 4, "--against", trained / "checkpoint", capsys=capsys)
+    assert (code, "4, offset 3" in out) == (0, True)
+    code, _, error = run(*base, "--offsets", 0, "--against", trained / "checkpoint", capsys=capsys)
+    assert (code, "each model on the grid that it was trained on: leave --offsets out" in error) == (2, True)

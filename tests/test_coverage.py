@@ -40,6 +40,7 @@ from blockdiff.loading import load_tokenizer
 from blockdiff.model import SPEC_FILE, Spec
 from blockdiff.noise import Bernoulli, Clipped, ExactCount, Noise
 from blockdiff.objectives import Alignment, block_numbers, maskable, two_streams
+from blockdiff.own_layouts import OWN_LAYOUTS, Own
 
 CLEAN, SEED, NOISY, SAME = Alignment(), Alignment("shift", "seed"), Alignment("shift", "noisy"), Alignment("same")
 TEXT = (SpanShare(1, 64, 1.0),)  # one text of 65 tokens, the first of them given
@@ -161,11 +162,13 @@ def test_what_is_said_to_be_trained_is_what_training_draws(layout, alignment, no
 def test_one_table_serves_spans_of_all_lengths(layout):
     shapes = [(1, 30), (1, 12), (3, 12), (7, 1), (2, 29)]
     made = trained(layout, ExactCount(), SAME, histogram(shapes))
-    expected = torch.zeros_like(made.blocks)
+    expected = torch.zeros(len(made.blocks), 31, dtype=torch.float64)
     for given, scored in shapes:
         expected[given : given + scored, : scored + 1] += layout.configurations(scored) / len(shapes)
-    torch.testing.assert_close(made.blocks, expected)
-    assert ((made.blocks > 0) == (expected > 0)).all()
+    width = made.blocks.shape[1]  # of a grid that of its blocks
+    assert not expected[:, width:].any()
+    torch.testing.assert_close(made.blocks, expected[:, :width])
+    assert ((made.blocks > 0) == (expected[:, :width] > 0)).all()
 
 
 def test_octaves_add_up_to_the_cells_in_them():
@@ -519,3 +522,49 @@ def test_generate_warns_and_strict_refuses(trained, capsys):
     assert error.count("\n") == 1
     assert "leave --strict-coverage out" in error
     assert run(*base, "--max-new-tokens", 12, "--strict-coverage", capsys=capsys)[0] == 0
+
+
+def test_prompts_of_block_causal_models_are_read_otherwise_than_their_texts(trained, tmp_path, capsys):
+    """Places and masks alone would call such a prompt covered, which training never read token by token."""
+    model = blockdiff.load(trained / "checkpoint")
+    texts = tuple(SpanShare(1, scored, 1 / 60) for scored in range(4, 64))
+    model.spec = replace(model.spec, clean_context="block_causal", layout=Fixed(4, 3), ar_trained=False)
+    model.spec = replace(model.spec, alignment=SAME, documents=texts)
+    options = {"max_new_tokens": 8, "block_size": 4, "policy": "low_confidence"}
+    assert model.coverage(4, **options).violations == ()
+    found = model.coverage(4, **options)
+    said = "a prompt of 4 tokens is read token by token, and this block-causal model was trained on given texts of 1 at"
+    assert not found.covered
+    assert said in str(found.problem)
+    assert found.excess_risk_bound(1.0) == float("inf")
+    request = Request((5, 6, 7, 8), 8, 4, POLICIES["low_confidence"])
+    assert said in str(model.uncovered(request))
+    long = Document(np.zeros(12, dtype=np.int32), np.arange(12) < 4, "given 4")
+    assert "(prompt)" in str(evaluate.evaluation_problem(model, [long], [4], [0]))
+    model.save(tmp_path / "causal in blocks")
+    base = ["eval", "coverage", tmp_path / "causal in blocks", "--prompt-tokens", 4, "--max-new-tokens", 8]
+    code, out, _ = run(*base, "--block-size", 4, "--policy", "low_confidence", capsys=capsys)
+    assert (code, out.startswith("NOT covered: a prompt of 4 tokens")) == (1, True)
+
+    model.spec = replace(model.spec, documents=())
+    assert "says nothing of given texts" in str(model.coverage(4, **options).problem)
+    model.spec = replace(model.spec, documents=(*texts, SpanShare(4, 8, 0.1)))  # twins: given texts were trained; AR
+    assert model.coverage(4, **options).covered
+    model.spec = replace(model.spec, documents=texts, clean_context="context_causal")
+    assert model.coverage(4, **options).covered
+
+
+def test_the_table_of_a_grid_is_as_wide_as_its_blocks(monkeypatch):
+    """The same numbers as the general table, and room for the 32,768 tokens of other projects' checkpoints."""
+    monkeypatch.setitem(OWN_LAYOUTS, "grid", Fixed)
+    spans = (SpanShare(1, 9, 0.5), SpanShare(3, 14, 0.3), SpanShare(3, 2, 0.2))
+    for layout in (Fixed(4), Fixed(4, 3), Fixed(4, 6), Fixed(20, 1), Fixed(3, 17)):
+        narrow = trained(layout, ExactCount(), SAME, spans).blocks
+        wide = trained(Own("grid", {"size": layout.size, "offset": layout.offset}), ExactCount(), SAME, spans).blocks
+        assert narrow.shape[1] == min(layout.size, 14) + 1
+        torch.testing.assert_close(narrow, wide[:, : narrow.shape[1]], atol=1e-15, rtol=0)
+        assert not wide[:, narrow.shape[1] :].any()
+    mu = trained(Fixed(4, 3), Bernoulli(), SAME, (SpanShare(1, 32767, 1.0),))
+    assert mu.blocks.numel() == 32768 * 5
+    calls = decode_calls(SAME, POLICIES["low_confidence"], prompt=4, block_size=4, new_tokens=8, context=32768)
+    assert compare(mu, calls).covered

@@ -12,20 +12,21 @@ import pytest
 import tiny
 import torch
 import transformers
+import yaml
 from conftest import full_disk
 from safetensors.torch import load_file, save_file
 from test_cli import run
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from blockdiff import export
 from blockdiff.adapters import Adapter
 from blockdiff.attention import UnsupportedModel
 from blockdiff.distributions import Fixed
-from blockdiff.export import export_sdar
+from blockdiff.export import export_sdar, sdar_notes
 from blockdiff.families import FAMILIES
 from blockdiff.inspecting import inspect
 from blockdiff.layout import Layout, TokenMap
-from blockdiff.loading import attach, load
+from blockdiff.loading import attach, load, load_tokenizer
 from blockdiff.model import Past, Spec
 from blockdiff.objectives import Alignment
 
@@ -574,3 +575,87 @@ def test_export_writes_all_or_nothing_and_over_nothing(sdar, trained, tmp_path, 
     with pytest.raises(OSError, match="disk full"):
         export_sdar(exportable(), tmp_path / "second")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated:FutureWarning")  # engines read it by that name
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_export_is_whole(trained, tmp_path, tied):
+    """Tokenizer, chat template, end tokens, dtype and block size as the model has them; a tied head is written once."""
+    network = {"tie_word_embeddings": tied, "eos_token_id": [2, 7]}
+    backbone = tiny.backbone("qwen3", dtype=torch.bfloat16, rope_parameters=ROPE, **SMALL, **network)
+    tokenizer = load_tokenizer(trained / "checkpoint")
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    model = attach(backbone, tokenizer, spec=Spec(**{**vars(SDAR), "layout": Fixed(8, 7)}))
+    export_sdar(model, tmp_path / "out")
+
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["dtype"], config["torch_dtype"], config["block_size"]) == ("bfloat16", "bfloat16", 8)
+    assert (config["tie_word_embeddings"], config["eos_token_id"]) == (tied, [2, 7])
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, 7]
+    launch = (tmp_path / "out" / "launch.yaml").read_text()
+    assert yaml.safe_load(launch) == {"block_size": 8}
+    assert "dllm_block_length=8" in launch
+    read = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)  # the file we have just written
+    assert read("the cat sat").input_ids == tokenizer("the cat sat").input_ids
+    assert read.chat_template == tokenizer.chat_template
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert ("lm_head.weight" in weights) != tied
+    tokens = TokenMap.from_layouts([[Layout(1, (7, 4))]])
+    assert torch.equal(load(tmp_path / "out")(IDS, tokens.as_noisy()), model(IDS, tokens.as_noisy()))
+
+
+@torch.no_grad()
+def test_a_tied_head_stays_tied_through_lora(tmp_path):
+    pytest.importorskip("peft")
+    model = exportable(network={"tie_word_embeddings": True})
+    model.attach_adapter(Adapter("lora", rank=2))
+    model.adapter.mask_row.add_(1.0)
+    for name, parameter in model.backbone.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
+    tokens = TokenMap.from_layouts([[Layout(2, (4, 4, 2))]]).as_noisy()
+    adapted = model(IDS, tokens)
+    export_sdar(model, tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    assert torch.equal(weights["model.embed_tokens.weight"][MASK], model.adapter.mask_row)
+    real = torch.arange(SMALL["vocab_size"]) != MASK
+    torch.testing.assert_close(load(tmp_path / "out")(IDS, tokens)[:, real], adapted[:, real], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ({"hidden_act": "gelu"}, "its activation is gelu, and engines have silu in their code"),
+        (
+            {"tie_word_embeddings": True},
+            r"are one \(tie_word_embeddings\), but its weights hold two",
+        ),
+    ],
+)
+def test_what_engines_do_not_read_is_refused(tmp_path, network, message):
+    model = exportable(network=network)
+    if "tie_word_embeddings" in network:  # as transformers 5.23 loads a file that holds both
+        model.backbone.lm_head.weight = torch.nn.Parameter(model.backbone.lm_head.weight + 1)
+    with pytest.raises(UnsupportedModel, match=message):
+        export_sdar(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_the_mask_is_a_word_like_any_other_to_engines(tmp_path):
+    """The raw logits over the whole vocabulary: an engine has all of them, blockdiff closes one and no other."""
+    model = exportable()
+    export_sdar(model, tmp_path / "out")
+    tokens = TokenMap.from_layouts([[Layout(0, (4, 4, 4))]])
+    ours = model(IDS, tokens)
+    rewrite(tmp_path / "out", model_type="qwen3", architectures=["Qwen3ForCausalLM"], auto_map=None)
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="sdpa")
+    theirs = block_causal(network, IDS, 4)
+    real = torch.arange(SMALL["vocab_size"]) != MASK
+    torch.testing.assert_close(theirs[:, real], ours[:, real], atol=1e-5, rtol=1e-5)
+    assert theirs[:, MASK].isfinite().all()
+    assert (ours[:, MASK] == -torch.inf).all()
+    assert any("[MASK]" in note and "untrained" in note for note in sdar_notes(model))

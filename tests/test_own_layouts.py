@@ -7,7 +7,9 @@ from typing import Literal
 
 import pytest
 import torch
+import yaml
 from conftest import tiny_config
+from test_cli import run
 
 import blockdiff
 from blockdiff.config import ConfigError, make_config
@@ -76,3 +78,35 @@ def test_what_is_not_registered_or_does_not_fit_is_one_line(opening, tmp_path):
         with pytest.raises(ConfigError, match=message) as caught:
             make_config(tiny_config(tmp_path, layout=layout))
         assert "\n" not in str(caught.value)
+
+
+def test_an_error_of_the_class_is_one_line_and_costs_no_earlier_run(opening, tmp_path, capsys):
+    tree = tiny_config(tmp_path, layout={"kind": "own", "name": "opening"}, train={"steps": 1})
+    before = blockdiff.train(make_config(tree)) / "checkpoint" / "model.safetensors"
+    file = tmp_path / "config.yaml"
+    for settings, message in (({"rest": 0}, "ZeroDivisionError"), ({"first": "two"}, "TypeError")):
+        tree["layout"] = {"kind": "own", "name": "opening", "settings": settings}
+        file.write_text(yaml.safe_dump(tree))
+        code, _, error = run("train", file, "--overwrite", capsys=capsys)
+        assert (code, error.count("\n")) == (2, 1)
+        assert "layout own: opening does not take these settings" in error
+        assert message in error
+        assert before.exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong", "message"),
+    [
+        (
+            "draw",
+            lambda self, lengths, generator: torch.ones(1, 3, dtype=torch.bool),
+            r"draw gives no block starts, bool",
+        ),
+        ("configurations", lambda self, length: torch.zeros(length), r"configurations gives no table \[5, 6\]"),
+    ],
+)
+def test_a_class_that_gives_something_else_is_refused(opening, monkeypatch, method, wrong, message):
+    Own("opening")
+    monkeypatch.setattr(Opening, method, wrong)
+    with pytest.raises(ValueError, match=message):
+        Own("opening")

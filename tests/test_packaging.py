@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import venv
 import zipfile
+from collections.abc import Iterator
 from email.parser import Parser
+from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import Any
 
 import pages
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from pages import ROOT
 
 import blockdiff
@@ -128,3 +135,51 @@ def test_recipes_are_listed_and_written_over_nothing(tmp_path, capsys):
     assert mine.read_text() == "mine"
     written = {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file()}
     assert written == shipped()
+
+
+OPTIONAL = {"tensorboard", "mauve"}  # used where they are installed, and in no extra
+NEEDS_EXTRA = ("serve/", "harness.py", "rays.py")  # modules that only an extra's commands load
+
+
+def imports(node: ast.AST, at_once: bool = True) -> Iterator[tuple[str, bool]]:
+    """The top-level packages that are imported below a node, and whether that happens when the module is loaded."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if isinstance(child, ast.Import):
+            yield from ((alias.name.partition(".")[0], at_once) for alias in child.names)
+        if isinstance(child, ast.ImportFrom) and child.module:
+            yield child.module.partition(".")[0], at_once
+        yield from imports(child, at_once and not isinstance(child, ast.FunctionDef | ast.Try))
+
+
+def undeclared(project: dict[str, Any], source: Path = ROOT / "src" / "blockdiff") -> set[str]:
+    """Packages that are imported and that nothing a user installs names: what a module needs when it is loaded must
+    stand in the dependencies, what it imports later may stand in an extra."""
+    plain = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
+    extras = [line for name, lines in project["optional-dependencies"].items() if name != "dev" for line in lines]
+    everything = plain | {canonicalize_name(Requirement(line).name) for line in extras}
+    owners, found = packages_distributions(), set()
+    for file in source.rglob("*.py"):
+        at_home = file.relative_to(source).as_posix().startswith(NEEDS_EXTRA)
+        for name, at_once in imports(ast.parse(file.read_text())):
+            if name in sys.stdlib_module_names | OPTIONAL | {"blockdiff"}:
+                continue
+            own = {canonicalize_name(owner) for owner in owners.get(name, [name])}
+            if not own & (plain if at_once and not at_home else everything):
+                found.add(name)
+    return found
+
+
+def test_every_package_that_is_imported_is_declared():
+    """The quick start above runs among the developer's packages, and would not miss one that pyproject lacks."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert undeclared(project) == set()
+    for line, name in (("pyyaml", "yaml"), ("rich", "rich"), ("psutil", "psutil"), ("safetensors", "safetensors")):
+        kept = [other for other in project["dependencies"] if not other.startswith(line)]
+        assert undeclared({**project, "dependencies": kept}) == {name}
+    extras = {**project["optional-dependencies"], "lora": [], "serve": []}
+    assert {"peft", "fastapi", "uvicorn"} <= undeclared({**project, "optional-dependencies": extras})
+    moved = {**project["optional-dependencies"], "lora": ["numpy"]}  # an extra is too late for what is always loaded
+    kept = [line for line in project["dependencies"] if not line.startswith("numpy")]
+    assert undeclared({**project, "dependencies": kept, "optional-dependencies": moved}) >= {"numpy"}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -228,6 +229,18 @@ def test_adapting_a_checkpoint_keeps_its_conventions(trained, tmp_path):
     tree["model"] = {"init": str(trained / "checkpoint"), "prediction": "same"}
     with pytest.raises(ConfigError, match=r"model\.prediction: the checkpoint .* was trained with shift, not same"):
         train(make_config(tree))
+    for other in ("block_causal", "context_causal"):
+        kept, checkpoint = blockdiff.load(trained / "checkpoint"), tmp_path / f"not {other}"
+        known = "context_causal" if other == "block_causal" else "block_causal"
+        kept.spec = replace(kept.spec, clean_context=known, ar_trained=False)
+        kept.save(checkpoint)
+        tree["model"] = {"init": str(checkpoint), "clean_context": other}
+        said = rf"model\.clean_context: .* was trained with {known}, not {other}; set model\.clean_context={known}"
+        with pytest.raises(ConfigError, match=said):
+            train(make_config({**tree, "objective": {}}))
+        tree["model"]["clean_context"] = known
+        agreed = train(make_config({**tree, "objective": {}, "output": str(tmp_path / f"run {known}")}))
+        assert blockdiff.load(agreed.checkpoint).spec.clean_context == known
     tree["model"] = {"init": str(trained / "checkpoint")}
     tree["data"]["length"] = 200
     with pytest.raises(ConfigError, match=r"data\.length: 200 tokens do not fit the model's context of 128"):

@@ -115,9 +115,9 @@ class AttachedAdapter(nn.Module):
         if not self.frozen:
             weight = backbone.get_input_embeddings().weight
             row = (self.mask_row / self._scale).to(weight.dtype)
-            for name, tensor in list(merged.items()):  # tied heads share the row
-                if tensor.data_ptr() == weight.data_ptr():
-                    merged[name] = tensor.index_copy(0, torch.tensor([self.mask_id], device=tensor.device), row[None])
+            filled = weight.index_copy(0, torch.tensor([self.mask_id], device=weight.device), row[None])
+            # tied heads share it: one tensor under both names, so that it is saved once
+            merged |= {name: filled for name, tensor in merged.items() if tensor.data_ptr() == weight.data_ptr()}
         return {name: tensor.detach().contiguous() for name, tensor in merged.items()}
 
     def save(self, directory: Path, backbone: PreTrainedModel) -> None:

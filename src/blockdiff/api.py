@@ -244,14 +244,17 @@ def bound(
     texts: Sequence[str] | str | Path,
     block_sizes: Sequence[int],
     *,
-    offsets: Sequence[int] = (0,),
+    offsets: Sequence[int] | None = None,
     draws: int = 8,
     exact: bool = False,
     orders: int = 0,
     left_bias: float = 0.0,
     seed: int = 0,
 ) -> list[BoundRow]:
-    """Bounds on the NLL of texts (or of a data file) at each block size, with standard errors (`evaluate.bound`)."""
+    """Bounds on the NLL of texts (or of a data file) at each block size, with standard errors (`evaluate.bound`).
+
+    offsets: none: blocks lie on the grid that they were trained on, where there is one.
+    """
     return evaluate.bound(
         bridge,
         documents_of(bridge, texts),

@@ -199,12 +199,17 @@ def _agree(spec: Spec, settings: ModelConfig) -> None:
     """A checkpoint that is a block diffusion model already keeps its way of reading tokens."""
     if spec.layout.kind == "ar":  # nothing in an AR decoder is fixed yet
         return
-    for key, kept, asked in (
-        ("prediction", spec.alignment.prediction, settings.prediction),
-        ("boundary", spec.alignment.boundary, settings.boundary),
-    ):
-        if kept != asked and (key == "prediction" or spec.alignment.shift):
-            raise ConfigError(f"model.{key}: the checkpoint {settings.init} was trained with {kept}, not {asked}")
+    fixed: list[tuple[str, str, str]] = [("prediction", spec.alignment.prediction, settings.prediction)]
+    if spec.alignment.shift:
+        fixed.append(("boundary", spec.alignment.boundary, settings.boundary))
+    if spec.layout.kind != "full":  # of a whole text in one block there is no clean context that could look back
+        fixed.append(("clean_context", spec.clean_context, settings.clean_context))
+    for key, kept, asked in fixed:
+        if kept != asked:
+            raise ConfigError(
+                f"model.{key}: the checkpoint {settings.init} was trained with {kept}, not {asked}; set "
+                f"model.{key}={kept}"
+            )
 
 
 def _set_end_token(bridge: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, token: str) -> None:

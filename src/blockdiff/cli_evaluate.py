@@ -25,6 +25,7 @@ from blockdiff.cli_options import (
     one_process_only,
     out,
     progress,
+    warn,
     whole_numbers,
     write_result,
 )
@@ -40,7 +41,9 @@ def eval_bound(
     path: ModelPath,
     data: Annotated[list[Path], typer.Option(help="Data file: .txt, .jsonl, .parquet; repeatable.")],
     block_sizes: Annotated[str, typer.Option(help="Comma-separated block sizes.")] = "1,2,4,8,16",
-    offsets: Annotated[str, typer.Option(help="Comma-separated offsets of the first block's end.")] = "0",
+    offsets: Annotated[
+        str | None, typer.Option(help="Comma-separated offsets of the first block's end; none: of the trained grid.")
+    ] = None,
     draws: Annotated[int, typer.Option(help="Noise draws of each document.", min=1, max=10_000)] = 8,
     exact: Annotated[bool, typer.Option("--exact", help="Enumerate the masks of small blocks instead.")] = False,
     orders: Annotated[
@@ -58,10 +61,10 @@ def eval_bound(
     from blockdiff.api import documents_of
     from blockdiff.runtime import record
 
-    sizes, shifts = whole_numbers(block_sizes, "--block-sizes"), whole_numbers(offsets, "--offsets")
+    sizes, shifts = whole_numbers(block_sizes, "--block-sizes"), _offsets(offsets)
     bad_rows: BadRows = "skip" if skip_bad_rows else "error"
-    if against is not None and shifts != [0]:
-        raise ValueError("--against compares at offset 0: leave --offsets out")
+    if against is not None and shifts is not None:
+        raise ValueError("--against compares each model on the grid that it was trained on: leave --offsets out")
     how: dict[str, Any] = {"draws": draws, "exact": exact, "orders": orders, "left_bias": left_bias, "seed": seed}
     split = measuring_together()
     model = load_model(path)
@@ -72,6 +75,9 @@ def eval_bound(
         rows = evaluate.bound(model, documents, sizes, offsets=shifts, on_progress=on_progress, **how)
     results = [row.to_json() for row in rows]
     out.print(report.bound_table(results))
+    problem = evaluate.evaluation_problem(model, documents, sizes, shifts)
+    if problem is not None:
+        warn(problem)
     compared = []
     if other is not None:
         others = [document for file in data for document in documents_of(other, file, bad_rows)][:limit]
@@ -81,9 +87,12 @@ def eval_bound(
         what = f"{compared[-1]['value']} less the other's {compared[-1]['other_value']}"
         out.print(f"against {against}, {what}, below 0 is fewer than it has, 95 % intervals over documents:")
         out.print(report.comparison_table(compared))
+        their_problem = evaluate.evaluation_problem(other, others, [row.other_block_size for row in found])
+        if their_problem is not None:
+            warn(f"{against}: {their_problem}")
     files = [str(file) for file in data]
     result = record("eval bound", seed, model=path, data=files, rows=results, against=against, compared=compared)
-    write_result(json_file, {**result, "processes": split.shard.count})
+    write_result(json_file, {**result, "processes": split.shard.count, "problem": problem})
 
 
 @evaluations.command("length")
@@ -178,6 +187,10 @@ def eval_generation(
         out.print(f"figure: {plot}")
 
 
+def _offsets(text: str | None) -> list[int] | None:
+    return None if text is None else whole_numbers(text, "--offsets")
+
+
 def _png(plot: Path | None) -> None:
     if plot is not None and plot.suffix != ".png":
         raise ValueError(f"--plot {plot}: give a file that ends in .png")
@@ -195,7 +208,9 @@ def eval_coverage(
     left_bias: LeftBias = None,
     data: Annotated[list[Path] | None, typer.Option(help="Ask for an evaluation on this file instead.")] = None,
     block_sizes: Annotated[str, typer.Option(help="With --data: comma-separated block sizes.")] = "1,2,4,8,16",
-    offsets: Annotated[str, typer.Option(help="With --data: comma-separated offsets.")] = "0",
+    offsets: Annotated[
+        str | None, typer.Option(help="With --data: comma-separated offsets; none: of the trained grid.")
+    ] = None,
     figure: Annotated[Path | None, typer.Option(help="Also draw the map as PNG to this file.")] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -205,7 +220,7 @@ def eval_coverage(
     from blockdiff.runtime import record
 
     chosen = chosen_policy(policy, threshold, per_step, None if data else left_bias)
-    sizes, shifts = whole_numbers(block_sizes, "--block-sizes"), whole_numbers(offsets, "--offsets")
+    sizes, shifts = whole_numbers(block_sizes, "--block-sizes"), _offsets(offsets)
     if data and block_size is not None:
         raise ValueError("--block-size asks about a decoder and --data about an evaluation: give one of them")
     model = load_model(path)
@@ -215,7 +230,7 @@ def eval_coverage(
         request: dict[str, Any] = {
             "data": [str(file) for file in data],
             "block_sizes": sizes,
-            "offsets": shifts,
+            "offsets": sorted({offset for _, offset in evaluate.grids(model, sizes, shifts)}),
             "left_bias": left_bias or 0.0,
         }
     else:

@@ -26,6 +26,7 @@ from blockdiff.cli_options import (
     load_model,
     load_writer,
     out,
+    warn,
     write_result,
 )
 
@@ -312,16 +313,12 @@ def _check_coverage(
     )
     if found.covered:
         if found.order_sentence:
-            _warn(f"covered by training, but {found.order_sentence}")
+            warn(f"covered by training, but {found.order_sentence}")
         return
     assert found.problem is not None
     if strict:
         raise ValueError(f"{found.problem}; see `blockdiff eval coverage`, or leave --strict-coverage out")
-    _warn(found.problem)
-
-
-def _warn(problem: str) -> None:
-    err.print(f"warning: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    warn(found.problem)
 
 
 class StepPrinter:

@@ -91,6 +91,12 @@ def asked_policy(
     return chosen_policy(name or "threshold", threshold, per_step, left_bias)
 
 
+def warn(problem: str) -> None:
+    """Print a warning; of several processes that measure together the first does."""
+    if not out.quiet:
+        err.print(f"warning: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
 def whole_numbers(text: str, option: str) -> list[int]:
     """Whole numbers with commas between them. Raises ValueError naming the option."""
     try:

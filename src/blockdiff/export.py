@@ -72,6 +72,10 @@ def sdar_notes(model: BlockDiffusionModel) -> list[str]:
             f"train with layout.offset={layout.largest_named - 1} for them"
         )
     notes.append("engines read prompts in blocks that see themselves whole, blockdiff token by token")
+    notes.append(
+        "training left the logit of [MASK] out and blockdiff never writes it; engines have it among all others, "
+        "untrained, and may write it (docs/checkpoints.md)"
+    )
     return notes
 
 
@@ -124,10 +128,22 @@ def _check_sdar(model: BlockDiffusionModel) -> None:
         )
     elif any(window is not None for window in model.windows.values()):
         wrong = "some of its layers have a sliding window, which SDAR lacks: adapt a checkpoint without"
+    elif config.hidden_act != "silu":
+        wrong = f"its activation is {config.hidden_act}, and engines have silu in their code: adapt a checkpoint so"
+    elif config.tie_word_embeddings and not _tied(model):
+        wrong = (
+            "its config.json says that head and embedding are one (tie_word_embeddings), but its weights hold two, and "
+            "engines would take the embedding for both: set the key to false there"
+        )
     elif config.model_type == "qwen3_moe":
         wrong = _unlike_moe(config)
     if wrong:
         raise UnsupportedModel(f"export to sdar: {wrong}")
+
+
+def _tied(model: BlockDiffusionModel) -> bool:
+    head, embedding = model.backbone.get_output_embeddings(), model.backbone.get_input_embeddings()
+    return head.weight.data_ptr() == embedding.weight.data_ptr()
 
 
 def _unlike_moe(config: Any) -> str:

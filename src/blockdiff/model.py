@@ -79,6 +79,14 @@ class Spec:
         often = [size for size in range(1, min(length, 16) + 1) if lasting[size] >= lasting.max() / 10]
         return max(often) if often else int(lasting.argmax())
 
+    def offset_of(self, block_size: int) -> int:
+        """Where the first block of a span ends on the grid that blocks of this size were trained on; 0: after a whole
+        block, or no such grid."""
+        layout = self.layout
+        return (
+            layout.offset % block_size if isinstance(layout, distributions.Fixed) and layout.size == block_size else 0
+        )
+
     def alignment_of(self, block_size: int) -> Alignment:
         """The alignment under which blocks of this size are decoded and scored. Blocks of one token are read from the
         clean stream where that is an AR model: a seeded block would ask the noisy one, which an adapter changes."""

@@ -54,8 +54,8 @@ class Own(LayoutDistribution):
     """A distribution that is no part of the library: `name` in `OWN_LAYOUTS`, made with `settings`.
 
     A program that trains with it, or reads a checkpoint that was trained with it, registers the class first; nothing
-    is ever imported because a file names it. Raises ValueError for a name that is not registered, or for settings that
-    the class does not take.
+    is ever imported because a file names it. Raises ValueError for a name that is not registered, or for settings
+    that the class does not take: it is tried out on a short span.
     """
 
     name: str
@@ -70,11 +70,22 @@ class Own(LayoutDistribution):
                 "blockdiff.own_layouts.OWN_LAYOUTS first"
             )
         try:
-            largest = self.distribution.largest_named
-            if not isinstance(largest, int):
-                raise TypeError(f"its largest block size would be {largest!r}")
-        except TypeError as error:
-            raise ValueError(f"layout own: {self.name} does not take these settings ({error})") from None
+            self._try_out()
+        except Exception as error:  # whatever the user's class raises, before anything is trained or replaced
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"layout own: {self.name} does not take these settings ({reason})") from error
+
+    def _try_out(self) -> None:
+        largest = self.distribution.largest_named
+        if not isinstance(largest, int):
+            raise TypeError(f"its largest block size would be {largest!r}")
+        length = min(max(largest, 1), 64) + 1
+        starts = self.distribution.draw(torch.tensor([length, 1]), Generator().manual_seed(0))
+        if starts.shape != (2, length) or starts.dtype != torch.bool or not starts[:, 0].all():
+            raise TypeError(f"draw gives no block starts, bool [2, {length}] that begin with True")
+        table = self.distribution.configurations(length)
+        if table.shape != (length, length + 1):
+            raise TypeError(f"configurations gives no table [{length}, {length + 1}]")
 
     @cached_property
     def distribution(self) -> LayoutDistribution:

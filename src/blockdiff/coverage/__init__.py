@@ -13,10 +13,19 @@ say, over that of the best possible model),
     sum pi r  <=  max(pi / mu) * sum mu r          (Adaptive Block Diffusion, arXiv 2606.29275)
 
 What a confidence policy leaves masked is known only afterwards, from traces (`Coverage.order_gain`).
-The clean context is no part of a configuration: under `block_causal` the cache also depends on how the prefix was cut.
+The clean context is no part of a configuration: under `block_causal` the cache also depends on how the prefix was cut,
+of which only this is looked at: whether training had given texts as long as the prompts (`Coverage.prompt_sentence`).
 """
 
-from blockdiff.coverage.comparison import RARE_VISITS, Coverage, Violation, compare, problem_of, violations_of
+from blockdiff.coverage.comparison import (
+    RARE_VISITS,
+    Coverage,
+    Violation,
+    compare,
+    not_covered,
+    problem_of,
+    violations_of,
+)
 from blockdiff.coverage.order import Order
 from blockdiff.coverage.requested import Calls, decode_calls, grid_calls, traced_calls
 from blockdiff.coverage.trained import Cell, SpanShare, Trained, histogram, trained
@@ -34,6 +43,7 @@ __all__ = [
     "decode_calls",
     "grid_calls",
     "histogram",
+    "not_covered",
     "problem_of",
     "traced_calls",
     "trained",

@@ -54,6 +54,9 @@ class Coverage:
 
     on average KL(sets asked for || uniform) - KL(sets asked for || training's): 0 for a model trained in uniform order,
     above 0 where training's order suits the decoder better. None where no set is known.
+
+    prompt_sentence: what is asked is not covered for a reason beside the configurations, namely how prompts are read
+    (`evaluate.coverage`).
     """
 
     calls: float
@@ -68,10 +71,11 @@ class Coverage:
     order_exact: bool | None = None
     order_sentence: str | None = None
     order_gain: float | None = None
+    prompt_sentence: str | None = None
 
     @property
     def covered(self) -> bool:
-        return not self.violations
+        return not self.violations and self.prompt_sentence is None
 
     @property
     def worst(self) -> Violation:
@@ -81,7 +85,7 @@ class Coverage:
     @property
     def problem(self) -> str | None:
         """What is not covered, in a sentence; None where all is."""
-        return problem_of(self.violations)
+        return problem_of(self.violations) or not_covered(self.prompt_sentence)
 
     def excess_risk_bound(self, excess_under_mu: float) -> float:
         """Largest excess risk under pi of a model with this one under mu; infinite where something is uncovered.
@@ -143,6 +147,11 @@ def problem_of(violations: Sequence[Violation]) -> str | None:
         return None
     worst = max(violations, key=lambda violation: violation.calls)
     return f"not covered by training ({worst.kind}, {worst.share:.0%} of the calls): {worst.sentence}"
+
+
+def not_covered(prompt_sentence: str | None) -> str | None:
+    """The problem of a prompt that is read otherwise than in training."""
+    return None if prompt_sentence is None else f"not covered by training (prompt): {prompt_sentence}"
 
 
 def _order_gain(mu: Trained, pi: Calls) -> float | None:

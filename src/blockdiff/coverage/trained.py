@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blockdiff.coverage.order import Order, first_masked
-from blockdiff.distributions import AR, Full, LayoutDistribution
+from blockdiff.distributions import AR, Fixed, Full, LayoutDistribution
 from blockdiff.noise import Noise
 from blockdiff.objectives import Alignment
+from blockdiff.partitions import grids
 
 TOLERANCE = 1e-15  # a configuration with a smaller share of training's calls counts as never trained
 MAX_SPANS = 64
@@ -206,6 +207,12 @@ def _first_masked(noise: Noise, size: int) -> Tensor:
 def _blocks(layout: LayoutDistribution, spans: Sequence[SpanShare]) -> Tensor:
     """Expected blocks at (p, w) in a random span, p counted from the beginning of its document: [P, W + 1]."""
     longest = max(span.scored for span in spans)
+    if isinstance(layout, Fixed):  # no wider than its blocks: other projects' checkpoints are of 32,768 tokens and more
+        table = torch.zeros(max(span.given for span in spans) + longest, min(layout.size, longest) + 1).double()
+        for given, scored, share in spans:
+            starts = grids(torch.tensor([layout.size]), torch.tensor([layout.offset]), scored)[0].nonzero()[:, 0]
+            table[given + starts, starts.diff(append=torch.tensor([scored]))] += share
+        return table
     table = torch.zeros(max(span.given for span in spans) + longest, longest + 1, dtype=torch.float64)
     if isinstance(layout, Full):
         for given, scored, share in spans:

@@ -1,12 +1,13 @@
 """Measures of a model: bounds with standard errors, and whether its training covers what is asked of it."""
 
 from blockdiff.evaluate.answers import Answer, AnswerRow, Asking, answer_task, check_asking
-from blockdiff.evaluate.bounds import BoundRow, bound, check_bound, document_nll, unigram
+from blockdiff.evaluate.bounds import BoundRow, bound, check_bound, document_nll, grids, unigram
 from blockdiff.evaluate.compare import Comparison, compare
 from blockdiff.evaluate.coverage import (
     decode_coverage,
     decode_problem,
     evaluation_coverage,
+    evaluation_problem,
     output_coverage,
     trained_calls,
 )
@@ -43,7 +44,9 @@ __all__ = [
     "decode_problem",
     "document_nll",
     "evaluation_coverage",
+    "evaluation_problem",
     "gradient_variance",
+    "grids",
     "judge_texts",
     "measure_frontier",
     "measure_way",

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,8 @@ class BoundRow:
     row of the same call, paired by document, with its own standard error. estimator: exact_count, exact or orders
     (`scoring`); draws: noise draws or orders of each document (0: nothing was random). left_bias: of the reveal order.
     nll_nats: exact NLL of the sampler with that order (`exact` only). tightened_nats: the bound of the mean likelihood
-    of all orders (`orders` only). bits_per_byte: of text_bytes bytes (None where some document's are unknown).
+    of all orders (`orders` only). bits_per_byte: of text_bytes bytes (None where some document's are unknown). grid:
+    the offset at which blocks of this size were trained (`Spec.offset_of`).
     """
 
     block_size: int
@@ -68,6 +69,7 @@ class BoundRow:
     tightened_se: float | None = None
     text_bytes: int | None = None
     bits_per_byte: float | None = None
+    grid: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,7 +80,7 @@ def bound(
     documents: Sequence[Document],
     block_sizes: Sequence[int],
     *,
-    offsets: Sequence[int] = (0,),
+    offsets: Sequence[int] | None = None,
     draws: int = 8,
     exact: bool = False,
     orders: int = 0,
@@ -90,14 +92,15 @@ def bound(
 ) -> list[BoundRow]:
     """Bounds of the documents at every block size and offset.
 
-    An offset o shortens the first block to o tokens; a block size is measured at the offsets below it. exact enumerates
-    the mask sets of small blocks, orders draws so many chains instead of `draws` exact counts. left_bias is that of the
-    reveal order (`noise.ExactCount`): each value is the bound of its own sampler. batch_tokens bounds the two-stream
-    tokens of a pass (default: 8192, fewer for a large vocabulary). split: the processes that share the passes and all
-    get the rows. Raises ValueError for a block size or an offset that the documents or the model cannot have.
+    An offset o shortens the first block to o tokens; a block size is measured at the offsets below it, and where none
+    are given on the grid that it was trained on (`Spec.offset_of`). exact enumerates the mask sets of small blocks,
+    orders draws so many chains instead of `draws` exact counts. left_bias is that of the reveal order
+    (`noise.ExactCount`): each value is the bound of its own sampler. batch_tokens bounds the two-stream tokens of a
+    pass (default: 8192, fewer for a large vocabulary). split: the processes that share the passes and all get the rows.
+    Raises ValueError for a block size or an offset that the documents or the model cannot have.
     """
     check_bound(model, documents, block_sizes, offsets, draws, exact, orders)
-    plan = [(size, offset) for size in block_sizes for offset in offsets if offset == 0 or offset < size]
+    plan = grids(model, block_sizes, offsets)
     estimator = estimator_of(draws, exact, orders, left_bias, seed)
     rows: list[BoundRow] = []
     first: tuple[Tensor, Tensor] | None = None
@@ -112,8 +115,18 @@ def bound(
         clusters = scores.clusters()
         sums, counts = scores.by(clusters, int(clusters.max()) + 1)
         first = first or (sums, counts)
-        rows.append(_row(scores, size, offset, estimator, documents, (sums, counts), first))
+        row = _row(scores, size, offset, estimator, documents, (sums, counts), first)
+        rows.append(replace(row, grid=model.spec.offset_of(size)))
     return rows
+
+
+def grids(
+    model: BlockDiffusionModel, block_sizes: Sequence[int], offsets: Sequence[int] | None = None
+) -> list[tuple[int, int]]:
+    """The block sizes and offsets that `bound` measures."""
+    if offsets is None:
+        return [(size, model.spec.offset_of(size)) for size in block_sizes]
+    return [(size, offset) for size in block_sizes for offset in offsets if offset == 0 or offset < size]
 
 
 def estimator_of(draws: int, exact: bool, orders: int, left_bias: float, seed: int) -> Estimator:
@@ -155,7 +168,7 @@ def _scored(
     estimator: Estimator,
     split: Split = ALONE,
 ) -> TokenScores:
-    pieces = list(windows(documents, size, 0, window_length(model)))
+    pieces = list(windows(documents, size, model.spec.offset_of(size), window_length(model)))
     return score_tokens(model, pieces, size, estimator, room(model), split=split)
 
 
@@ -254,7 +267,7 @@ def check_bound(
     model: BlockDiffusionModel,
     documents: Sequence[Document],
     block_sizes: Sequence[int],
-    offsets: Sequence[int] = (0,),
+    offsets: Sequence[int] | None = None,
     draws: int = 1,
     exact: bool = False,
     orders: int = 0,
@@ -283,9 +296,9 @@ def check_bound(
                 f"exact: block size {size} needs 2^{size - int(first_clean)} - 1 passes; give at most "
                 f"{MAX_EXACT + int(first_clean)}, or leave --exact out"
             )
-    if not block_sizes or any(offset < 0 for offset in offsets) or not offsets:
+    if not block_sizes or (offsets is not None and (not offsets or min(offsets) < 0)):
         raise ValueError("give at least one block size, and offsets of 0 or more")
-    if max(offsets) and max(offsets) >= max(block_sizes):
+    if offsets is not None and max(offsets) and max(offsets) >= max(block_sizes):
         raise ValueError(f"offset {max(offsets)} shortens no block: give offsets below the largest block size")
     if draws < 1:
         raise ValueError(f"draws is {draws}; give 1 or more")

@@ -27,7 +27,8 @@ class Comparison:
     too narrow from fewer than 20);
     nats_per_token likewise, where both models cut every document into the same number of tokens. below: share of the
     resamples in which this model has fewer bits per byte. value, other_value: what was compared of each (`bounds`): a
-    bound below the other's exact NLL shows a better model, a bound below a bound does not.
+    bound below the other's exact NLL shows a better model, a bound below a bound does not. offset, other_offset: of the
+    grid that each was trained on (`Spec.offset_of`).
     """
 
     block_size: int
@@ -41,6 +42,8 @@ class Comparison:
     resamples: int
     value: str
     other_value: str
+    offset: int = 0
+    other_offset: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,7 +64,8 @@ def compare(
     split: Split = ALONE,
     on_progress: Callable[[float], None] | None = None,
 ) -> list[Comparison]:
-    """Compare bounds at every block size; an autoregressive `other` is always at block size 1.
+    """Compare bounds at every block size, each model's on the grid that it was trained on; an autoregressive `other` is
+    always at block size 1.
 
     documents and other_documents are the same texts, as each model's tokenizer cuts them. Raises ValueError where they
     are not, and what `bound` raises. split: as `bound`.
@@ -82,7 +86,8 @@ def compare(
         nats, value = document_values(model, documents, size, estimator, split)
         other_nats, other_value = document_values(other, other_documents, other_size, estimator, split)
         found = _compared(size, other_size, (nats, other_nats), documents, other_documents)
-        rows.append(replace(found, value=value, other_value=other_value))
+        offsets = model.spec.offset_of(size), other.spec.offset_of(other_size)
+        rows.append(replace(found, value=value, other_value=other_value, offset=offsets[0], other_offset=offsets[1]))
         if on_progress is not None:
             on_progress((number + 1) / len(block_sizes))
     return rows

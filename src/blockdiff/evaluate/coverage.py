@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 from blockdiff.coverage import (
@@ -14,6 +15,7 @@ from blockdiff.coverage import (
     compare,
     decode_calls,
     grid_calls,
+    not_covered,
     problem_of,
     traced_calls,
     trained,
@@ -22,7 +24,7 @@ from blockdiff.coverage import (
 from blockdiff.data import Document
 from blockdiff.decode import Policy
 from blockdiff.engine import Output
-from blockdiff.evaluate.bounds import check_bound
+from blockdiff.evaluate.bounds import check_bound, grids
 from blockdiff.evaluate.windows import window_length, windows
 from blockdiff.model import BlockDiffusionModel, Spec
 
@@ -59,7 +61,7 @@ def decode_coverage(
 ) -> Coverage:
     """Decoding after prompts of so many tokens, none of which ends before `max_new_tokens`."""
     dry = [_decode_calls(model, prompt, block_size, max_new_tokens, policy) for prompt in prompts]
-    return compare(trained_calls(model), Calls.cat(dry))
+    return _compared(model, Calls.cat(dry), max(prompts))
 
 
 def decode_problem(
@@ -68,7 +70,12 @@ def decode_problem(
     """What `decode_coverage` finds uncovered after a prompt of so many tokens, in a sentence, in a tenth of its time:
     how often the rest was trained is not looked at. None where all is covered."""
     calls = _decode_calls(model, prompt, block_size, max_new_tokens, policy)
-    return problem_of(violations_of(trained_calls(model), calls))
+    return problem_of(violations_of(trained_calls(model), calls)) or not_covered(_prompt_sentence(model, prompt))
+
+
+def _compared(model: BlockDiffusionModel, calls: Calls, prompt: int) -> Coverage:
+    """Training against these calls, the longest of whose prompts has so many tokens."""
+    return replace(compare(trained_calls(model), calls), prompt_sentence=_prompt_sentence(model, prompt))
 
 
 def _decode_calls(model: BlockDiffusionModel, prompt: int, block_size: int, new_tokens: int, policy: Policy) -> Calls:
@@ -79,6 +86,19 @@ def _decode_calls(model: BlockDiffusionModel, prompt: int, block_size: int, new_
         block_size=block_size,
         new_tokens=new_tokens,
         context=model.context_length,
+    )
+
+
+def _prompt_sentence(model: BlockDiffusionModel, prompt: int) -> str | None:
+    """What is wrong with reading a prompt token by token, where that makes a difference."""
+    spec = model.spec
+    longest = max((share.given for share in spec.documents), default=1)
+    if spec.clean_context != "block_causal" or prompt <= longest:
+        return None
+    known = f"was trained on given texts of {longest} at most" if spec.documents else "says nothing of given texts"
+    return (
+        f"a prompt of {prompt} tokens is read token by token, and this block-causal model {known}: what else "
+        "it read in training came in blocks that see themselves whole"
     )
 
 
@@ -97,25 +117,54 @@ def output_coverage(
         )
         for prompt, output in zip(prompts, outputs, strict=True)
     ]
-    return compare(trained_calls(model), Calls.cat(traces))
+    return _compared(model, Calls.cat(traces), max(prompts))
 
 
 def evaluation_coverage(
     model: BlockDiffusionModel,
     documents: Sequence[Document],
     block_sizes: Sequence[int],
-    offsets: Sequence[int] = (0,),
+    offsets: Sequence[int] | None = None,
     left_bias: float = 0.0,
 ) -> Coverage:
     """The configurations that `bound` scores with the same arguments; raises ValueError as it does."""
+    calls = _bound_calls(model, documents, block_sizes, offsets, left_bias)
+    return _compared(model, calls, _longest_given(model, documents, block_sizes))
+
+
+def evaluation_problem(
+    model: BlockDiffusionModel,
+    documents: Sequence[Document],
+    block_sizes: Sequence[int],
+    offsets: Sequence[int] | None = None,
+) -> str | None:
+    """What `evaluation_coverage` finds uncovered, in a sentence; None where all is covered, or nothing is known."""
+    if not model.spec.is_diffusion or not model.spec.trained_length:
+        return None
+    problem = problem_of(violations_of(trained_calls(model), _bound_calls(model, documents, block_sizes, offsets)))
+    return problem or not_covered(_prompt_sentence(model, _longest_given(model, documents, block_sizes)))
+
+
+def _longest_given(model: BlockDiffusionModel, documents: Sequence[Document], block_sizes: Sequence[int]) -> int:
+    """Tokens of the longest given text that a bound reads, windows of long documents among them."""
+    pieces = windows(documents, max(block_sizes), 0, window_length(model))
+    return max(given for piece in pieces for given, _ in piece.document.spans())
+
+
+def _bound_calls(
+    model: BlockDiffusionModel,
+    documents: Sequence[Document],
+    block_sizes: Sequence[int],
+    offsets: Sequence[int] | None,
+    left_bias: float = 0.0,
+) -> Calls:
     check_bound(model, documents, block_sizes, offsets)
-    grids = []
-    for size in block_sizes:
-        for offset in (o for o in offsets if o == 0 or o < size):
-            spans = Counter(
-                (given, scored, window.head)
-                for window in windows(documents, size, offset, window_length(model))
-                for given, scored in window.document.spans()
-            )
-            grids.append(grid_calls(model.spec.alignment, spans, size, left_bias))
-    return compare(trained_calls(model), Calls.cat(grids))
+    found = []
+    for size, offset in grids(model, block_sizes, offsets):
+        spans = Counter(
+            (given, scored, window.head)
+            for window in windows(documents, size, offset, window_length(model))
+            for given, scored in window.document.spans()
+        )
+        found.append(grid_calls(model.spec.alignment, spans, size, left_bias))
+    return Calls.cat(found)

@@ -37,7 +37,7 @@ def section(sources: list[Source]) -> Section | None:
 
 def _rows(source: Source, *, on_grid: bool | None = None) -> Rows:
     rows = [row for row in source.results["bound"]["rows"] if isfinite(row["ppl"])]
-    return rows if on_grid is None else [row for row in rows if (row["offset"] == 0) == on_grid]
+    return rows if on_grid is None else [row for row in rows if (row["offset"] == row.get("grid", 0)) == on_grid]
 
 
 def _counts(sources: list[Source]) -> str:
@@ -67,7 +67,7 @@ def _curve(sources: list[Source]) -> Exhibit | None:
         legend(figure)
 
     between = [size for size in sizes if not power_of_two(size)]
-    what = "Perplexity (upper bound) against block size on the grid (offset 0): lower is better"
+    what = "Perplexity (upper bound) against block size on the grid (the trained one, else offset 0): lower is better"
     what += f"; sizes between the powers of two: {', '.join(map(str, between))}" if between else ""
     what += "; level lines: baselines of the same text" if _baselines(drawn) else ""
     caption = Caption(what, _counts(drawn), errors=f"bands: {_ERRORS}", **origin(drawn, "bound"))

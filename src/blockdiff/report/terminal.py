@@ -35,9 +35,12 @@ def comparison_table(rows: Rows) -> Table:
     def ci(row: dict[str, Any], name: str) -> str:
         return "" if row[name] is None else "{:+.4f} – {:+.4f}".format(*row[name])
 
+    def place(size: int, offset: int) -> str:
+        return f"{size}, offset {offset}" if offset else str(size)
+
     columns: dict[str, Any] = {
-        "block size": lambda row: str(row["block_size"]),
-        "other's": lambda row: str(row["other_block_size"]),
+        "block size": lambda row: place(row["block_size"], row["offset"]),
+        "other's": lambda row: place(row["other_block_size"], row["other_offset"]),
         "bits/byte": lambda row: f"{row['bits_per_byte']:+.4f}",
         "95 % interval": lambda row: ci(row, "bits_ci"),
         "nats/token": lambda row: "" if row["nats_per_token"] is None else f"{row['nats_per_token']:+.4f}",
@@ -63,11 +66,13 @@ def _right_aligned(rows: Rows, columns: dict[str, Any]) -> Table:
 def coverage_summary(result: dict[str, Any]) -> Group:
     """What training covers of the calls that a decoder or an evaluation asks for, for the terminal."""
     calls, uncovered = f"{result['calls']:,.0f} calls", result["uncovered"]
-    parts: list[Any] = [
-        f"covered: training has met the configuration of all {calls}"
-        if result["covered"]
-        else f"NOT covered: {percent(uncovered)} of {calls} are in configurations that training never met"
-    ]
+    parts: list[Any] = []
+    if result["covered"]:
+        parts.append(f"covered: training has met the configuration of all {calls}")
+    if result["violations"]:
+        parts.append(f"NOT covered: {percent(uncovered)} of {calls} are in configurations that training never met")
+    if result["prompt_sentence"]:
+        parts.append(f"NOT covered: {result['prompt_sentence']}")
     if result["violations"]:
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in ("never trained", "calls", "share"):
