@@ -110,7 +110,8 @@ class _Actor:
             with self._tried(rows[0]["number"]):
                 found, refusal = self._answered(rows), ""
         except (ValueError, OSError, RuntimeError) as error:
-            found, refusal = _NOTHING, f"{str(error).strip().partition(chr(10))[0]} (on {platform.node()})"
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            found, refusal = _NOTHING, f"{said[0]} (on {platform.node()})"
         row = {**asdict(found.totals), "uncovered": found.uncovered, "problem": found.problem or "", "refusal": refusal}
         return {name: [value] for name, value in row.items()}
 
